@@ -45,9 +45,9 @@ class PumaUNet2DConditionModel(UNet2DConditionModel):
     Args:
         num_tokens: k, how many tokens of features this decoder takes; a square number.
         use_position_table: adds `position_table` (1, k, D) to the projected features of conditional rows, as the
-            released 256-token decoder does. A new table starts as a 2-D sine and cosine table over the tokens' grid, not
-            at random: a small UNet that started without any sense of position was seen to ignore its 256 tokens. Loaded
-            weights replace it.
+            released 256-token decoder does. A new table starts as a 2-D sine and cosine table over the tokens' grid,
+            not at random: a small UNet that started without any sense of position was seen to ignore its 256 tokens.
+            Loaded weights replace it.
         position_channels: that many fixed coordinate channels (a multiple of 4) are appended to `sample`, so
             `in_channels` is the latents' channels plus these. 0, as in SDXL and the release, when the UNet is large
             enough to find positions by itself; without them the queries of a small one carry no position.
@@ -91,8 +91,8 @@ class PumaUNet2DConditionModel(UNet2DConditionModel):
         """Features of this decoder's scale (B, k, C) as cross-attention states (B, k, D).
 
         Args:
-            conditional: which rows describe a picture; a bool for all, or (B,) bool. The others hold the features of the
-                black image, for classifier-free guidance, and get no position table, as in the release.
+            conditional: which rows describe a picture; a bool for all, or (B,) bool. The others hold the features of
+                the black image, for classifier-free guidance, and get no position table, as in the release.
 
         Raises:
             ValueError: if the features are not (B, k, C).

@@ -1,0 +1,44 @@
+"""Arguments of the decoders' training, with the report's values as defaults (section 4.1)."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class PumaDecoderTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` plus what the denoising objective needs.
+
+    The defaults are the report's: AdamW at 8e-5 with linear decay, gradient norms clipped at 1, noise offset 0.1, one
+    picture in ten dropped. It trains at a global batch of 1024 for 40k, 30k, 20k, 15k and 10k steps at scales 0 to 4.
+    The averaged weights are not the report's.
+    """
+
+    learning_rate: float = field(default=8e-5, metadata={"help": "The initial learning rate."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: rows hold latents and features, not the UNet's arguments."}
+    )
+    noise_offset: float = field(
+        default=0.1, metadata={"help": "Share of noise that is constant over each channel of a picture."}
+    )
+    image_dropout: float = field(
+        default=0.1, metadata={"help": "Probability that a picture's features become the black image's."}
+    )
+    ema_decay: float = field(
+        default=0.999,
+        metadata={"help": "Decay of the averaged weights, which are the ones saved and evaluated; 0 keeps none."},
+    )
+    min_snr_gamma: float | None = field(
+        default=None, metadata={"help": "Weigh the loss by min(SNR, gamma); 5.0 is usual. Not by default."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: it would remove the rows' latents and features")
+        if not 0 <= self.image_dropout <= 1:
+            raise ValueError(f"image_dropout must be between 0 and 1, got {self.image_dropout}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise ValueError(f"min_snr_gamma must be positive, got {self.min_snr_gamma}")

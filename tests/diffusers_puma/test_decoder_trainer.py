@@ -1,0 +1,244 @@
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file
+
+from diffusers_puma.training import (
+    PumaDecoderTrainer,
+    PumaDecoderTrainingArguments,
+    denoising_loss,
+    feature_statistics,
+    pool_to_tokens,
+    sample_noise,
+    standardize_projection,
+)
+from diffusers_puma.unet_puma import PumaUNet2DConditionModel
+
+CHANNELS = 12
+EPSILON = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+VELOCITY = {**EPSILON, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+def tiny_unet(num_tokens: int = 4, **kwargs) -> PumaUNet2DConditionModel:
+    torch.manual_seed(0)
+    return PumaUNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=16,
+        encoder_hid_dim=CHANNELS,
+        encoder_hid_dim_type="text_proj",
+        num_tokens=num_tokens,
+        **kwargs,
+    )
+
+
+def rows(count: int = 12) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "latents": torch.randn(4, 8, 8, generator=generator),
+            "features": torch.randn(16, CHANNELS, generator=generator),
+        }
+        for _ in range(count)
+    ]
+
+
+def trainer(folder, unet=None, schedule=VELOCITY, callbacks=None, **arguments) -> PumaDecoderTrainer:
+    arguments = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 3,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **arguments,
+    }
+    return PumaDecoderTrainer(
+        unet or tiny_unet(),
+        PumaDecoderTrainingArguments(**arguments),
+        noise_scheduler=DDPMScheduler(**schedule),
+        null_features=torch.zeros(1, 16, CHANNELS),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        callbacks=callbacks,
+    )
+
+
+def losses(trainer: PumaDecoderTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("schedule", [EPSILON, VELOCITY])
+def test_denoising_loss_against_the_formulas(schedule):
+    scheduler = DDPMScheduler(**schedule)
+    torch.manual_seed(0)
+    latents, noise, prediction = torch.randn(3, 3, 4, 8, 8).unbind(0)
+    timesteps = torch.tensor([10, 500, 900])
+    signal = scheduler.alphas_cumprod[timesteps]
+    if scheduler.config.prediction_type == "epsilon":
+        target, weights = noise, (signal / (1 - signal)).clamp(max=5) / (signal / (1 - signal))
+    else:
+        alpha, sigma = signal.sqrt()[:, None, None, None], (1 - signal).sqrt()[:, None, None, None]
+        # A weight of min(SNR, gamma) on the clean latents' error is min(SNR, gamma) / (SNR + 1) on the velocity's.
+        target, weights = alpha * noise - sigma * latents, (signal / (1 - signal)).clamp(max=5) * (1 - signal)
+    errors = (prediction - target).pow(2).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(denoising_loss(scheduler, prediction, latents, noise, timesteps), errors.mean())
+    torch.testing.assert_close(
+        denoising_loss(scheduler, prediction, latents, noise, timesteps, min_snr_gamma=5.0), (weights * errors).mean()
+    )
+
+
+def test_noise_offset_is_constant_over_each_channel():
+    torch.manual_seed(0)
+    means = sample_noise(torch.zeros(2000, 4, 8, 8), 0.1).mean(dim=(2, 3))
+    assert means.var().item() == pytest.approx(1 / 64 + 0.1**2, rel=0.1)
+
+
+def test_pooling_to_a_scale_that_is_none_is_refused():
+    assert pool_to_tokens(torch.zeros(2, 256, 3), 4).shape == (2, 4, 3)
+    with pytest.raises(ValueError, match="features of 256 tokens cannot be pooled to 9"):
+        pool_to_tokens(torch.zeros(2, 256, 3), 9)
+    with pytest.raises(ValueError, match="features of 16 tokens cannot be pooled to 64"):
+        pool_to_tokens(torch.zeros(2, 16, 3), 64)
+
+
+@torch.no_grad()
+def test_standardized_projection_equals_projection_of_standardized_features():
+    torch.manual_seed(0)
+    features = torch.randn(40, 16, CHANNELS) * torch.linspace(0.1, 9, CHANNELS) + torch.linspace(-3, 5, CHANNELS)
+    mean, std = feature_statistics(features.split(7), 4)
+    tokens = pool_to_tokens(features, 4).flatten(0, 1)
+    torch.testing.assert_close(mean, tokens.mean(0))
+    torch.testing.assert_close(std, tokens.std(0, correction=0))
+
+    unet = tiny_unet()
+    expected = unet.encoder_hid_proj((tokens - mean) / std)
+    standardize_projection(unet, mean, std)
+    torch.testing.assert_close(unet.encoder_hid_proj(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16])
+def test_training_lowers_the_loss_and_saves_averaged_weights(tmp_path, num_tokens):
+    unet = tiny_unet(num_tokens, use_position_table=num_tokens == 16)
+    run = trainer(tmp_path, unet, max_steps=60, learning_rate=3e-3, ema_decay=0.9)
+    before = run.evaluate()["eval_loss"]
+    assert run.evaluate()["eval_loss"] == before
+    run.train()
+    assert run.evaluate()["eval_loss"] < before
+
+    run.save_model()
+    saved = PumaUNet2DConditionModel.from_pretrained(tmp_path)
+    assert saved.config.num_tokens == num_tokens and "use_cache" not in saved.config
+    for shadow, stored, current in zip(run.ema.shadow_params, saved.parameters(), unet.parameters(), strict=True):
+        torch.testing.assert_close(shadow, stored, rtol=0, atol=0)
+        assert not torch.equal(stored, current)
+
+
+def test_average_follows_its_formula(tmp_path):
+    run = trainer(tmp_path, max_steps=1, ema_decay=0.9)
+    start = run.model.conv_in.weight.detach().clone()
+    run.train()
+    with run.averaged_weights():
+        # The first step of diffusers' EMAModel has a decay of 0, the second one of 2 / 11.
+        torch.testing.assert_close(run.model.conv_in.weight, run.ema.shadow_params[0])
+    assert not torch.equal(run.ema.shadow_params[0], start)
+    first = run.ema.shadow_params[0].clone()
+    with torch.no_grad():
+        run.model.conv_in.weight.add_(1.0)
+    run.ema.step(run.trained_parameters)
+    torch.testing.assert_close(run.ema.shadow_params[0], first + 9 / 11)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_resumed_run_equals_unbroken_run(tmp_path, ema_decay):
+    arguments = {"max_steps": 7, "ema_decay": ema_decay, "save_strategy": "steps", "save_steps": 3}
+    unbroken = trainer(tmp_path / "unbroken", **arguments)
+    unbroken.train()
+
+    torch.manual_seed(123)
+    resumed = trainer(tmp_path / "resumed", **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / "checkpoint-3"))
+
+    assert losses(resumed) == losses(unbroken)
+    for expected, parameter in zip(unbroken.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=0)
+    with unbroken.averaged_weights(), resumed.averaged_weights():
+        for expected, parameter in zip(unbroken.model.parameters(), resumed.model.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=0, atol=0)
+
+
+def test_checkpoint_is_a_decoder_and_holds_the_weights_in_training(tmp_path):
+    run = trainer(tmp_path, max_steps=3, ema_decay=0.9, save_strategy="steps", save_steps=3)
+    run.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    decoder = PumaUNet2DConditionModel.from_pretrained(checkpoint)
+    torch.testing.assert_close(decoder.conv_in.weight, run.ema.shadow_params[0], rtol=0, atol=0)
+    training = load_file(checkpoint / "model.safetensors")
+    torch.testing.assert_close(training["conv_in.weight"], run.model.conv_in.weight, rtol=0, atol=0)
+    assert json.loads((checkpoint / "config.json").read_text())["_class_name"] == "PumaUNet2DConditionModel"
+    assert not list(tmp_path.rglob("training_args.bin"))
+
+
+def test_best_checkpoint_is_loaded_with_its_average(tmp_path):
+    run = trainer(
+        tmp_path,
+        max_steps=4,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    best = PumaUNet2DConditionModel.from_pretrained(run.state.best_model_checkpoint)
+    with run.averaged_weights():
+        torch.testing.assert_close(run.model.conv_in.weight, best.conv_in.weight, rtol=0, atol=0)
+
+
+def test_dropped_pictures_become_the_black_image_without_positions(tmp_path):
+    unet = tiny_unet(16, use_position_table=True)
+    run = trainer(tmp_path, unet, image_dropout=1.0)
+    batch = {key: torch.stack([row[key] for row in rows(3)]) for key in ("latents", "features")}
+    torch.manual_seed(5)
+    dropped = run.compute_loss(unet, batch)
+    dropped.backward()
+    assert unet.position_table.grad.abs().sum() == 0
+    torch.manual_seed(5)
+    other = run.compute_loss(unet, {**batch, "features": torch.ones(3, 16, CHANNELS)})
+    torch.testing.assert_close(dropped, other, rtol=0, atol=0)
+
+
+def test_accumulated_loss_is_a_mean_and_bf16_runs(tmp_path):
+    run = trainer(tmp_path, max_steps=2, gradient_accumulation_steps=4, bf16=True)
+    run.train()
+    assert all(0.2 < loss < 4 for loss in losses(run))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_dropout": 1.5}, "image_dropout must be between 0 and 1"),
+        ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma must be positive"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"schedule": {**EPSILON, "rescale_betas_zero_snr": True}}, "needs prediction_type 'v_prediction'"),
+        ({"unet": "num_tokens=64"}, "features of 16 tokens cannot be pooled to 64"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, message):
+    if "unet" in arguments:
+        arguments = {"unet": tiny_unet(64)}
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **arguments)
