@@ -1,18 +1,17 @@
-"""Build a data set of real pictures with text from published emoji sets (one command, about two minutes):
+"""Build a data set of real pictures with text from published emoji sets (one command, about a minute):
 
     python examples/emoji/build_dataset.py --out data/emoji
 
 Splits, fixed by hashes so that they never depend on the order of anything:
   train            what may be trained on
-  heldout_concept  concepts that train shows in no style: for everything that starts from a picture
-  heldout_pair     (concept, style) pairs whose concept train shows in other styles: for everything that starts from words
+  heldout_concept  concepts that no other split shows, in any style: for everything that starts from a picture
+  heldout_pair     (concept, style) pairs whose concept train shows in other styles: for what starts from words
 """
 
 import argparse
 import hashlib
 import io
 import multiprocessing
-import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -100,7 +99,9 @@ def assign_splits(rows: list[tuple[Drawing, bytes]]) -> list[str]:
     unseen = {family for family in linked.values() if fraction("concept", family) < HELDOUT_CONCEPTS}
     held_out = {pair for pair in pairs if pair[0] not in unseen and fraction("pair", *pair) < HELDOUT_PAIRS}
     styles_left = Counter({drawing.emoji.base: 0 for drawing, _ in rows})
-    styles_left.update(drawing.emoji.base for (drawing, _), pair in zip(rows, pairs, strict=True) if pair not in held_out)
+    styles_left.update(
+        drawing.emoji.base for (drawing, _), pair in zip(rows, pairs, strict=True) if pair not in held_out
+    )
     held_out -= {pair for (drawing, _), pair in zip(rows, pairs, strict=True) if not styles_left[drawing.emoji.base]}
     return [
         "heldout_concept" if pair[0] in unseen else "heldout_pair" if pair in held_out else "train" for pair in pairs

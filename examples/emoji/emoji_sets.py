@@ -22,9 +22,9 @@ GENDERS = {0: "female", 1: "male"}
 
 # Code points that tell variants of one emoji apart: gender signs, hair components, the arrow "facing right".
 VARIANT_SIGNS = {"2640", "2642", "1f9b0", "1f9b1", "1f9b2", "1f9b3", "27a1"}
-# Emoji that are the gendered forms of one person and have code points of their own.
+# Emoji that are one person's forms by gender or hair and have code points of their own.
 NEUTRAL_FORM = {
-    MAN: "1f9d1", WOMAN: "1f9d1",
+    MAN: "1f9d1", WOMAN: "1f9d1", "1f9d4": "1f9d1", "1f471": "1f9d1",  # beard and blond hair have genders in turn
     "1f466": "1f9d2", "1f467": "1f9d2",  # boy, girl: child
     "1f474": "1f9d3", "1f475": "1f9d3",  # old man, old woman: older person
     "1f934": "1fac5", "1f478": "1fac5",  # prince, princess: person with crown
@@ -141,16 +141,15 @@ def family_key(base: str) -> str:
     'man running', 'woman running facing right' and 'person running' give one key, as do all couples with heart, all
     people holding hands and all families. A split by this key keeps such neighbours on one side.
     """
-    if base in NEUTRAL_FORM:
-        return NEUTRAL_FORM[base]
     for joint, couple in COUPLES.items():
         if f"-{joint}-" in base:
             return couple
     parts = base.split("-200d-")
     if len(parts) > 1 and set(parts) <= FAMILY_MEMBERS:
         return "1f46a"
-    person = NEUTRAL_FORM.get(parts[0], parts[0]) if parts[0] in (MAN, WOMAN) else parts[0]
-    return "-200d-".join([person, *(part for part in parts[1:] if part not in VARIANT_SIGNS)])
+    head = NEUTRAL_FORM.get(parts[0], parts[0])
+    key = "-200d-".join([head, *(part for part in parts[1:] if part not in VARIANT_SIGNS)])
+    return NEUTRAL_FORM.get(key, key)
 
 
 def gender_of(entry: dict) -> str:
@@ -282,8 +281,8 @@ def licence_table(tarballs: dict[str, Path]) -> str:
     lines = [
         "# Where the pictures and their text come from",
         "",
-        "Every picture is a rendering of a drawing of one of these sets; the column `style` says which. Keep this file",
-        "with the data and with anything derived from it: the CC-BY sets ask for attribution.",
+        "Every picture is a rendering (64 x 64 pixels, on white) of a drawing of one of these sets; `style` says which.",
+        "Keep this file with the data and with what is derived from it: the CC-BY sets ask for attribution.",
         "",
         "| style | set | npm package | version | licence (SPDX) | licence text | author | URL |",
         "|---|---|---|---|---|---|---|---|",
@@ -295,6 +294,6 @@ def licence_table(tarballs: dict[str, Path]) -> str:
         lines.append(f"| {' | '.join(cells)} | {author['name']} | {author['url']} |")
     (package,) = read_json(tarballs[TEXT_PACKAGE], "package.json")
     url = package["repository"]["url"].replace("git@github.com:", "https://github.com/").removesuffix(".git")
-    cells = ("(text)", "Emojibase", package["name"], package["version"], package["license"], f"{url}/blob/master/LICENSE")
-    lines.append(f"| {' | '.join(cells)} | {package['author']} | {url} |")
+    cells = ("(text)", "Emojibase", package["name"], package["version"], package["license"])
+    lines.append(f"| {' | '.join(cells)} | {url}/blob/master/LICENSE | {package['author']} | {url} |")
     return "\n".join(lines) + "\n"
