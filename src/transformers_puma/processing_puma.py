@@ -17,6 +17,8 @@ from .image_processing_puma import PumaImageProcessor
 
 IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN = "[IMG]", "[/IMG]", "<image>"
 BOX_MARK = "<box>"
+# Private-use characters around text that must stay text while a chat template is rendered.
+SHIELD = "\ue000\ue001"
 MARKUP = re.compile(f"{re.escape(IMAGE_TOKEN)}|{re.escape(BOX_MARK)}")
 
 # The report's system message, in Vicuna's format; `{% generation %}` marks what an assistant message supervises.
@@ -130,7 +132,7 @@ class PumaProcessor(ProcessorMixin):
             if boxes is not None:
                 self._check_image_count(texts, images)
                 texts = self._write_boxes(texts, boxes if is_batch else [boxes], images)
-            elif not kwargs.get("sanitize_control_tokens") and any(BOX_MARK in sample for sample in texts):
+            elif any(BOX_MARK in sample for sample in texts):
                 raise ValueError(f"the text holds {sum(s.count(BOX_MARK) for s in texts)} {BOX_MARK} but 0 boxes were given")
             text = [sample + IMAGE_START_TOKEN for sample in texts] if generation_mode == "image" else texts
         return super().__call__(images=images, text=text, **kwargs)
@@ -246,24 +248,28 @@ class PumaProcessor(ProcessorMixin):
 
     def prepare_question(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
         """Inputs of `generate` for plain-text questions, each about its pictures, in the chat format; left-padded."""
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [*({"type": "image", "image": image} for image in group), {"type": "text", "text": question}],
-                }
-            ]
-            for question, group in zip(questions, images, strict=True)
-        ]
-        return self.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            sanitize_control_tokens=True,
-            processor_kwargs={"padding": True, "text_kwargs": {"padding_side": "left"}},
-        )
+        rows = []
+        for question, group in zip(questions, images, strict=True):
+            content = [*({"type": "image"} for _ in group), {"type": "text", "text": self._shield(question)}]
+            chat = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            rows.append(self._encode_shielded(chat))
+        return self._pad_left(rows, images)
+
+    def _shield(self, text: str) -> str:
+        """Wraps what would become a special token, for `_encode_shielded`."""
+        special = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
+        return re.sub(special, lambda match: f"{SHIELD[0]}{match[0]}{SHIELD[1]}", text)
+
+    def _encode_shielded(self, text: str) -> list[int]:
+        """Ids of a rendered chat in which shielded pieces are plain text and `<image>` is a whole image."""
+        ids = []
+        for i, piece in enumerate(re.split(f"{SHIELD[0]}(.*?){SHIELD[1]}", text)):
+            if i % 2:
+                ids += self.encode_plain(piece)
+            elif piece:
+                expanded = piece.replace(IMAGE_TOKEN, self.replace_image_token({}, 0))
+                ids += self.tokenizer.encode(expanded, add_special_tokens=False)
+        return ids
 
     def decode_answers(self, sequences: torch.LongTensor, prompt_length: int) -> list[str]:
         """Texts that `generate` wrote after prompts of `prompt_length`, without special tokens other than locations."""
