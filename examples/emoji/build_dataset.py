@@ -135,7 +135,8 @@ def build(out: Path, cache: Path, workers: int) -> DatasetDict:
     Raises:
         EmojiBuildError: a package can't be downloaded or read, or `out` holds something else than a data set.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "dataset_dict.json").exists():
+    replaceable = not out.exists() or (out / "dataset_dict.json").exists() or (out.is_dir() and not any(out.iterdir()))
+    if not replaceable:
         raise EmojiBuildError(f"{out} holds something else than a data set: give another --out")
     wanted = [*((emoji_set.package, emoji_set.version) for emoji_set in EMOJI_SETS), (TEXT_PACKAGE, TEXT_VERSION)]
     tarballs = {

@@ -108,26 +108,31 @@ def fetch(package: str, version: str, cache: Path) -> Path:
     if shutil.which("npm") is None:
         raise EmojiBuildError(f"{package}@{version} can't be downloaded: npm is not installed (it comes with Node.js)")
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as partial:
-        command = ["npm", "pack", "--silent", "--pack-destination", partial, f"{package}@{version}"]
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".partial-") as partial:
+        command = ["npm", "pack", "--loglevel=error", "--pack-destination", partial, f"{package}@{version}"]
         run = subprocess.run(command, capture_output=True, text=True)
         packed = Path(partial, target.name)
         if run.returncode != 0 or not packed.exists():
-            reason = " ".join((run.stderr or run.stdout).split()) or f"npm ended with status {run.returncode}"
+            # npm's first lines hold the cause; a stack trace and the place of a log follow.
+            lines = [line.removeprefix("npm error ").strip() for line in run.stderr.splitlines()[:4]]
+            reason = "; ".join(lines) or f"npm ended with status {run.returncode} and no {target.name}"
             raise EmojiBuildError(f"{package}@{version} can't be downloaded: {reason}")
         packed.replace(target)
     return target
 
 
-def read_json(tarball: Path, *names: str) -> list:
-    """The JSON files `names` of an npm tarball, None for one that it does not hold."""
+def read_json(tarball: Path, *names: str, optional: tuple[str, ...] = ()) -> list:
+    """The JSON files `names`, then `optional`, of an npm tarball; None for an optional one that it does not hold."""
+    wanted = {f"package/{name}" for name in (*names, *optional)}
     try:
         with tarfile.open(tarball) as archive:
-            members = {f"package/{name}" for name in names}
-            found = {m.name: json.load(archive.extractfile(m)) for m in archive if m.name in members}
+            found = {m.name: json.load(archive.extractfile(m)) for m in archive if m.name in wanted}
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise EmojiBuildError(f"{tarball} is damaged ({error}): delete it and build again") from error
-    return [found.get(f"package/{name}") for name in names]
+    missing = [name for name in names if f"package/{name}" not in found]
+    if missing:
+        raise EmojiBuildError(f"{tarball} does not hold {', '.join(missing)}")
+    return [found.get(f"package/{name}") for name in (*names, *optional)]
 
 
 def join_key(codepoints: str) -> str:
@@ -259,7 +264,7 @@ def read_drawings(tarballs: dict[str, Path], emoji: dict[str, Emoji], size: int)
         tarballs: package name -> tarball, for all of `EMOJI_SETS`.
         size: side of the SVG documents in pixels.
     """
-    content = {s.package: read_json(tarballs[s.package], "icons.json", "chars.json") for s in EMOJI_SETS}
+    content = {s.package: read_json(tarballs[s.package], "icons.json", optional=("chars.json",)) for s in EMOJI_SETS}
     table = NameTable([(icons, chars) for icons, chars in content.values() if chars], emoji)
     drawings = []
     for emoji_set in EMOJI_SETS:
@@ -281,8 +286,8 @@ def licence_table(tarballs: dict[str, Path]) -> str:
     lines = [
         "# Where the pictures and their text come from",
         "",
-        "Every picture is a rendering (64 x 64 pixels, on white) of a drawing of one of these sets; `style` says which.",
-        "Keep this file with the data and with what is derived from it: the CC-BY sets ask for attribution.",
+        "Every picture is a small rendering on white of a drawing of one of these sets; its `style` says which. Keep",
+        "this file with the data and with what is derived from it: the CC-BY sets ask for attribution.",
         "",
         "| style | set | npm package | version | licence (SPDX) | licence text | author | URL |",
         "|---|---|---|---|---|---|---|---|",
