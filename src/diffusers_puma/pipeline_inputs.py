@@ -1,0 +1,142 @@
+"""What callers of `PumaPipeline` pass, in one form, or a `ValueError` that says what is wrong. Pure functions."""
+
+from collections.abc import Collection, Sequence, Sized
+from typing import Any
+
+import torch
+from PIL import Image
+
+NUM_SCALES = 5  # unet_0 .. unet_4
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def as_prompts(prompt: str | list[str]) -> list[str]:
+    """A prompt or a batch of them as a list.
+
+    Raises:
+        ValueError: anything else, or an empty batch.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(item, str) for item in prompts):
+        raise ValueError(f"prompt must be a string or a list of strings, got {prompt!r}")
+    return list(prompts)
+
+
+def as_image_groups(image: Image.Image | list) -> list[list[Image.Image]]:
+    """For each item of the batch the pictures that belong to it.
+
+    `a` is one item, `[a, b]` two items of one picture, `[[a, b]]` one item of two pictures.
+
+    Raises:
+        ValueError: anything that is not made of PIL images.
+    """
+    groups = image if isinstance(image, (list, tuple)) else [image]
+    groups = [list(group) if isinstance(group, (list, tuple)) else [group] for group in groups]
+    wrong = [item for group in groups for item in group if not isinstance(item, Image.Image)]
+    if wrong:
+        raise ValueError(f"image must be a PIL image, a list of them or of lists, got {type(wrong[0]).__name__}")
+    if not groups or not all(groups):
+        raise ValueError(f"image holds no picture for some item of the batch: {image!r}")
+    return groups
+
+
+def as_scales(scale: Any, decoders: list[int], available: list[int], default: int) -> list[int]:
+    """The scales to decode.
+
+    Args:
+        scale: a scale, several, `"all"` or `"best"` (all that are available), or None.
+        decoders: scales whose decoder is there.
+        available: those of them that the features can be had of.
+        default: what None asks for; if it is not available, the nearest that is, of two equally near the finer one.
+
+    Raises:
+        ValueError: no decoder at all, a value that is no scale, or a scale whose decoder is absent.
+    """
+    if not decoders:
+        raise ValueError("this pipeline has no decoders: unet_0 .. unet_4 are all absent")
+    if not available:
+        raise ValueError(f"this pipeline has decoders for scales {decoders}, but there are no features of any of them")
+    if scale is None:
+        return [min(available, key=lambda candidate: (abs(candidate - default), candidate))]
+    if isinstance(scale, str) and scale in ("all", "best"):
+        return available
+    scales = list(dict.fromkeys(scale)) if isinstance(scale, (list, tuple, range)) else [scale]
+    if not scales:
+        raise ValueError("scale is an empty list")
+    for item in scales:
+        if not isinstance(item, int) or not 0 <= item < NUM_SCALES:
+            raise ValueError(f"scale must be 0..{NUM_SCALES - 1}, a list of these, 'all' or 'best', got {item!r}")
+        if item not in decoders:
+            raise ValueError(f"scale {item} has no decoder here: unet_{item} is absent, there are scales {decoders}")
+        if item not in available:
+            raise ValueError(f"there are no features of scale {item}, only of scales {available}")
+    return scales
+
+
+def check_counts(first: Sized, second: Sized, first_name: str, second_name: str) -> None:
+    """Raises `ValueError` with both numbers if two batches differ in length."""
+    if len(first) != len(second):
+        raise ValueError(
+            f"got {len(first)} {first_name} and {len(second)} {second_name}: a batch has one of each per item "
+            "(image=[[a, b]] is two images for one item)"
+        )
+
+
+def check_features(
+    features: dict[int, torch.Tensor], name: str, shapes: dict[int, tuple[int, int]], batch_sizes: Collection[int]
+) -> None:
+    """Features that a caller brings along.
+
+    Args:
+        features: `{scale: (B, k, C)}`, called `name` in messages.
+        shapes: `{scale: (k, C)}` of the decoders that will read them.
+        batch_sizes: what B may be.
+
+    Raises:
+        ValueError: a missing scale or a wrong shape.
+    """
+    for scale, expected in shapes.items():
+        if scale not in features:
+            raise ValueError(f"{name} holds scales {sorted(features)}, but scale {scale} is to be decoded")
+        shape = tuple(features[scale].shape)
+        if len(shape) != 3 or shape[0] not in batch_sizes or shape[1:] != expected:
+            rows = " or ".join(map(str, sorted(batch_sizes)))
+            raise ValueError(f"{name}[{scale}] must be of shape ({rows}, {expected[0]}, {expected[1]}), got {shape}")
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Raises `ValueError` for a picture size (pixels) that a VAE which shrinks by `factor` cannot make."""
+    for name, value in (("height", height), ("width", width)):
+        if value <= 0 or value % factor:
+            raise ValueError(f"{name} must be a positive multiple of {factor}, got {value}")
+
+
+def check_at_least_one(value: int, name: str) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_noise(
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    latents_shape: tuple[int, int, int, int],
+) -> None:
+    """Raises `ValueError` for generators that are not one per picture, or start latents of another shape."""
+    if isinstance(generator, list) and len(generator) != latents_shape[0]:
+        raise ValueError(
+            f"got a list of {len(generator)} generators for {latents_shape[0]} images "
+            "(number of prompts times num_images_per_prompt)"
+        )
+    if latents is not None and tuple(latents.shape) != latents_shape:
+        raise ValueError(f"latents must be of shape {latents_shape}, got {tuple(latents.shape)}")
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+
+
+def check_names(names: Sequence[str], allowed: Sequence[str], argument: str) -> None:
+    unknown = [name for name in names if name not in allowed]
+    if unknown:
+        raise ValueError(f"{argument} must be of {list(allowed)}, got {unknown}")
