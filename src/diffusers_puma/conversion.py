@@ -1,0 +1,205 @@
+"""The decoders that PUMA's authors released, turned into a saved `PumaPipeline`.
+
+The release holds an image encoder and, inside a copy of Stable Diffusion XL, one UNet per scale. Such a UNet is the
+stock one plus a Linear in front of the cross-attention (`mapping_layer`) and, at the finest scale, a position table
+(`embed_img_pos`), so converting it means two new names, and a config that says what the weights hold.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel
+
+from .pipeline_puma import PumaPipeline
+from .unet_puma import PumaUNet2DConditionModel
+
+IMAGE_ENCODER = "ckpts/clip-vit-large-patch14"
+DECODERS = "ckpts/stable-diffusion-xl-base-1.0"
+TOKEN_COUNTS = (256, 64, 16, 4, 1)  # by scale; the release names a decoder by its token count
+RENAMED = {
+    "mapping_layer.weight": "encoder_hid_proj.weight",
+    "mapping_layer.bias": "encoder_hid_proj.bias",
+    "embed_img_pos": "position_table",
+}
+UNUSED = "add_embedding."  # SDXL's embedding of text and size, which PUMA does not feed
+RELEASE_CONFIG_KEYS = ("mapping_dim", "mapping_dim1", "num_tokens", "use_embeds")
+
+logger = logging.get_logger(__name__)
+
+
+def convert_released_decoders(src: str | Path, dst: str | Path) -> None:
+    """Converts a folder in the release's layout (a download of the Hub repository `LucasFang/PUMA`).
+
+    Weights may be safetensors or `.bin`, whole or in shards; nothing is unpickled but tensors. Decoders keep their
+    number format; the image encoder and the VAE are written in fp32. One decoder at a time is in memory, and `dst`
+    appears only once it is complete.
+
+    Args:
+        src: the folder that holds `ckpts/`.
+        dst: the folder to make; it may exist if it is empty.
+
+    Raises:
+        FileExistsError: `dst` holds something.
+        FileNotFoundError: a folder or file of the release is missing.
+        ValueError: weights that are not what the release's config describes, or files that hold more than tensors.
+    """
+    src, dst = Path(src), Path(dst)
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise FileExistsError(f"{dst} must be a new or an empty folder")
+    for folder in [IMAGE_ENCODER, *(f"{DECODERS}/{name}" for name in ("vae", "scheduler"))]:
+        _require_folder(src / folder)
+    for count in TOKEN_COUNTS:
+        _require_folder(src / DECODERS / f"unet_{count}")
+
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}-", dir=dst.parent) as temporary:
+        work = Path(temporary) / dst.name
+        components: dict[str, Any] = {
+            "image_encoder": _convert_image_encoder(src / IMAGE_ENCODER, work / "image_encoder"),
+            "vae": _convert_vae(src / DECODERS / "vae", work / "vae"),
+            # The release reads whatever its scheduler folder names, SDXL's Euler scheduler too, as DDPM.
+            "scheduler": DDPMScheduler.from_pretrained(src / DECODERS / "scheduler"),
+        }
+        components["scheduler"].save_pretrained(work / "scheduler")
+        for scale, count in enumerate(TOKEN_COUNTS):
+            decoder = convert_released_unet(src / DECODERS / f"unet_{count}", num_tokens=count)
+            decoder.save_pretrained(work / f"unet_{scale}")
+            components[f"unet_{scale}"] = decoder.to("meta")
+            del decoder
+            logger.info(f"converted the {count}-token decoder")
+        PumaPipeline(**components).save_config(work)
+        if dst.exists():
+            dst.rmdir()
+        work.rename(dst)
+
+
+def convert_released_unet(folder: str | Path, num_tokens: int) -> PumaUNet2DConditionModel:
+    """One released decoder, such as `unet_256`, in memory.
+
+    Raises:
+        FileNotFoundError, ValueError: as `convert_released_decoders`.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    weights = {RENAMED.get(name, name): tensor for name, tensor in read_weights(folder).items()}
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
+    if "encoder_hid_proj.weight" not in weights:
+        raise ValueError(f"{folder} is no PUMA decoder: its weights lack mapping_layer.weight")
+
+    stock_config = {key: value for key, value in config.items() if key not in RELEASE_CONFIG_KEYS}
+    arguments, _, _ = PumaUNet2DConditionModel.extract_init_dict(stock_config)
+    arguments |= {
+        "encoder_hid_dim": weights["encoder_hid_proj.weight"].shape[1],
+        "encoder_hid_dim_type": "text_proj",
+        "addition_embed_type": None,
+        "num_tokens": num_tokens,
+        "use_position_table": config.get("use_embeds", "position_table" in weights),
+    }
+    with torch.device("meta"):
+        decoder = PumaUNet2DConditionModel(**arguments)
+    _check_weights(folder, decoder, weights)
+    decoder.load_state_dict(weights, assign=True)
+    return decoder.eval()
+
+
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All weights of a folder that diffusers or the release saved, whole or in shards, on the CPU.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        ValueError: a `.bin` file that holds more than tensors.
+    """
+    weights = {}
+    for file in _weight_files(Path(folder)):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing")
+        weights |= load_file(file) if file.suffix == ".safetensors" else _load_bin(file)
+    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for suffix in (".safetensors", ".bin"):
+        # The shortest name is the plain one, where there are variants such as `.fp16` next to it.
+        indexes = sorted(folder.glob(f"diffusion_pytorch_model*{suffix}.index*.json"), key=lambda file: len(file.name))
+        if indexes:
+            shards = set(json.loads(indexes[0].read_text())["weight_map"].values())
+            return [folder / Path(shard).name for shard in sorted(shards)]
+        files = sorted(folder.glob(f"diffusion_pytorch_model*{suffix}"), key=lambda file: len(file.name))
+        if files:
+            return files[:1]
+    raise FileNotFoundError(f"{folder} holds no diffusion_pytorch_model.safetensors or .bin, whole or in shards")
+
+
+def _load_bin(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        # `weights_only` reads tensors and refuses everything else that a pickle can hold.
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read as a file of tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise ValueError(f"{file} must hold a state dict, names with one tensor each")
+    return weights
+
+
+def _check_weights(folder: Path, decoder: PumaUNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    released = {new: old for old, new in RENAMED.items()}
+    problems = [f"{released.get(name, name)} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{released.get(name, name)} is not known" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{released.get(name, name)} has shape {found[name]}, not {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"the weights in {folder} do not fit its config: {', '.join(problems[:3])}{more}")
+
+
+def _convert_image_encoder(folder: Path, target: Path) -> CLIPVisionModel:
+    encoder, info = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    _require_complete(folder, info)
+    grid_size = encoder.config.image_size // encoder.config.patch_size
+    if grid_size**2 != TOKEN_COUNTS[0]:
+        raise ValueError(f"{folder} makes {grid_size**2} tokens of an image, the decoders need {TOKEN_COUNTS[0]}")
+    encoder.save_pretrained(target)
+    return encoder.to("meta")
+
+
+def _convert_vae(folder: Path, target: Path) -> AutoencoderKL:
+    # Through a whole safetensors file, which diffusers reads in every version of its names for the VAE's attention.
+    with tempfile.TemporaryDirectory(dir=target.parent) as rewritten:
+        weights = {name: tensor.contiguous() for name, tensor in read_weights(folder).items()}
+        save_file(weights, Path(rewritten) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        (Path(rewritten) / "config.json").write_text(json.dumps(_read_config(folder)), encoding="utf-8")
+        vae, info = AutoencoderKL.from_pretrained(rewritten, output_loading_info=True)
+        _require_complete(folder, info)
+        vae.save_pretrained(target)
+    return vae.to("meta")
+
+
+def _require_complete(folder: Path, info: dict[str, Any]) -> None:
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"the weights in {folder} lack {len(missing)} entries, such as {missing[0]}")
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is missing: the source must be laid out like the release, with ckpts/ in it"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    return json.loads(file.read_text(encoding="utf-8"))
