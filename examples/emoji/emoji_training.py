@@ -1,9 +1,10 @@
-"""What the training stages of the small model share: pictures in memory, augmentation, captions, arguments, running.
+"""What the training stages of the small model share: pictures in memory, augmentation, arguments, running.
 
-A stage is one script. It writes its final folder in one rename, so that the folder is whole or absent; its checkpoints are
-in `OUT.checkpoints` beside it. The same command again resumes from the last checkpoint, or does nothing once `OUT` is there.
+A stage is one script. It writes its final folder in one rename, so that the folder is whole or absent; its checkpoints
+are in `OUT.checkpoints` beside it. The same command again resumes from the last checkpoint, or does nothing once `OUT`
+is there.
 
-Legend: B pictures in a batch, n pictures of a split; pixels are (B, 3, H, W) in [0, 1] unless they are said to be uint8.
+Legend: B pictures in a batch, n pictures of a split; pixels are (B, 3, H, W) in [0, 1] unless said to be uint8.
 """
 
 import json
@@ -64,8 +65,8 @@ def parse_arguments(
 class EmojiPictures:
     """A split in memory: `pixels` uint8 (n, 3, 64, 64), `texts` one dict a picture, and groups of its pictures.
 
-    Variants of people (skin tone, gender) are half of all pictures. A group is one concept in one style; training draws
-    groups evenly and one picture of each, so that those variants don't crowd out the rest.
+    Variants of people (skin tones) are half of all pictures. A group is one concept in one style; training draws groups
+    evenly and one picture of each, so that those variants don't crowd out the rest.
     """
 
     def __init__(self, split: Dataset):
@@ -95,7 +96,7 @@ def load_pictures(data: str) -> dict[str, EmojiPictures]:
 
 
 class GroupNumbers(torch.utils.data.Dataset):
-    """The trainer's data set: numbers only, because pictures are gathered from memory and augmented as whole batches."""
+    """The trainer's data set: numbers only, because pictures are gathered and augmented as whole batches."""
 
     def __init__(self, num_groups: int):
         self.num_groups = num_groups
@@ -150,8 +151,8 @@ def last_complete_checkpoint(folder: str) -> str | None:
 def run_stage(trainer: Trainer, out: str, save: Callable[[str], dict]) -> None:
     """Trains to the end (resuming where there is a checkpoint) and writes `out`.
 
-    `save(folder)` writes the trained part into `folder` and returns what was measured, which is kept in `training.json`
-    with the losses of every logging step.
+    `save(folder)` writes the trained part into `folder` and returns what was measured, which is kept in
+    `training.json` with the losses of every logging step.
     """
     result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     if not trainer.is_world_process_zero():
@@ -197,7 +198,7 @@ def jitter(pixels: torch.Tensor, probability: float = 0.5) -> torch.Tensor:
 
 
 def compose_pairs(pixels: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
-    """Scenes of two: item i holds picture i and, right of it (or below, where `beside` (B,) is false), picture i + 1."""
+    """Scenes of two: item i holds picture i and picture i + 1, right of it where `beside` (B,) is true, else below."""
     count = len(pixels)
     small = F.avg_pool2d(pixels, 2)
     scenes = []

@@ -6,7 +6,8 @@ Three losses on the patch features (no class token, no post-layernorm: what the 
   contrastive  open_clip's loss between captions and the mean patch feature, which is the coarsest scale;
   pixels       a small head for each scale regresses the pixels under each of its tokens, else local detail is lost;
   statistics   each channel is drawn to zero mean and unit variance, because other models regress these features.
-The first steps see half the resolution (an 8 x 8 grid, position embeddings interpolated): four times more pictures a second.
+The first steps see half the resolution (an 8 x 8 grid, position embeddings interpolated): three times more pictures a
+second.
 Only the vision tower is saved; the text tower and the heads stay in the checkpoints.
 """
 
@@ -69,7 +70,13 @@ NUM_SCALES = 5
 SCENE_FRACTION = 0.25
 PIXEL_WEIGHT, STATISTICS_WEIGHT = 1.0, 0.5
 MAX_TOKEN_PIXELS = 8  # a head sees what lies under its token shrunk to at most 8 x 8
-TEMPLATES = ("{name}", "{name}, {style}", "{style} emoji: {name}", "{name} in {style} style, {tags}", "{tags}, {style}")
+TEMPLATES = (
+    "{name}",
+    "{name}, {style}",
+    "{style} emoji: {name}",
+    "{name} in {style} style, {tags}",
+    "{tags}, {style}",
+)
 
 
 @dataclass
@@ -143,7 +150,7 @@ def scene_caption(first: dict, second: dict, beside: bool) -> str:
 
 
 def token_pixels(pixels: torch.Tensor, grid: int) -> torch.Tensor:
-    """What lies under each token of a `grid` x `grid` scale: (B, grid ** 2, 3 * side ** 2), side <= MAX_TOKEN_PIXELS."""
+    """What lies under each token of a scale of `grid` x `grid`: (B, grid ** 2, 3 * side ** 2), side <= 8."""
     covered = pixels.shape[-1] // grid
     side = min(covered, MAX_TOKEN_PIXELS)
     return F.pixel_unshuffle(F.avg_pool2d(pixels, covered // side), side).flatten(2).transpose(1, 2)
@@ -199,13 +206,13 @@ class EncoderTask(nn.Module):
         pixel = sum(error.abs().mean() + error.square().mean() for error in self.pixel_errors(features, pixels))
         channels = features[0].flatten(0, 1)
         statistics = channels.mean(dim=0).square().mean() + (channels.std(dim=0) - 1).square().mean()
-        top1 = ((image_embeds @ text_embeds.T).argmax(dim=1) == torch.arange(len(pixels), device=pixels.device)).float()
+        found = (image_embeds @ text_embeds.T).argmax(dim=1)
         return {
             "loss": contrastive + PIXEL_WEIGHT * pixel + STATISTICS_WEIGHT * statistics,
             "contrastive": contrastive,
             "pixels": pixel,
             "statistics": statistics,
-            "top1": top1.mean(),
+            "top1": (found == torch.arange(len(found), device=found.device)).float().mean(),
         }
 
 
