@@ -65,8 +65,8 @@ def parse_arguments(
 class EmojiPictures:
     """A split in memory: `pixels` uint8 (n, 3, 64, 64), `texts` one dict a picture, and groups of its pictures.
 
-    Variants of people (skin tones) are half of all pictures. A group is one concept in one style; training draws groups
-    evenly and one picture of each, so that those variants don't crowd out the rest.
+    Skin tones of people are half of all pictures. A group is one concept in one style; training draws groups evenly
+    and one picture of each, so that those variants don't crowd out the rest.
     """
 
     def __init__(self, split: Dataset):
