@@ -181,6 +181,7 @@ def _convert_vae(folder: Path, target: Path) -> AutoencoderKL:
         (Path(rewritten) / "config.json").write_text(json.dumps(_read_config(folder)), encoding="utf-8")
         vae, info = AutoencoderKL.from_pretrained(rewritten, output_loading_info=True)
         _require_complete(folder, info)
+        vae.register_to_config(_name_or_path=folder.name)
         vae.save_pretrained(target)
     return vae.to("meta")
 

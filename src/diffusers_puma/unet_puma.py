@@ -8,6 +8,7 @@ Legend: B images, k tokens of this decoder's scale, C feature channels, D cross-
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def coordinate_channels(sample: torch.Tensor, num_channels: int) -> torch.Tensor:
@@ -86,6 +88,22 @@ class PumaUNet2DConditionModel(UNet2DConditionModel):
         if issubclass(input_class, PumaUNet2DConditionModel):
             keys |= UNet2DConditionModel._get_init_keys(UNet2DConditionModel)
         return keys
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`enable_gradient_checkpointing` under the name that `transformers.Trainer` calls.
+
+        Raises:
+            ValueError: for `every_n_layers` or `offload`, which diffusers' models cannot do.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(f"a decoder checkpoints every block, got {every_n_layers=} and {offload=}")
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.enable_gradient_checkpointing(partial(checkpoint, **options))
 
     def project_features(self, features: torch.Tensor, conditional: bool | torch.Tensor = True) -> torch.Tensor:
         """Features of this decoder's scale (B, k, C) as cross-attention states (B, k, D).

@@ -226,6 +226,15 @@ def test_accumulated_loss_is_a_mean_and_bf16_runs(tmp_path):
     assert all(0.2 < loss < 4 for loss in losses(run))
 
 
+def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
+    plain = trainer(tmp_path, max_steps=2)
+    plain.train()
+    checkpointed = trainer(tmp_path, max_steps=2, activation_checkpointing=True)
+    checkpointed.train()
+    assert checkpointed.model.is_gradient_checkpointing
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -181,6 +181,7 @@ def test_decoders_keep_their_number_format_and_need_no_conversion_again(tmp_path
         assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
         assert ("position_table" in weights) == (count == 256)
     assert not list((tmp_path / "converted").rglob("*.bin"))
+    assert not [file for file in (tmp_path / "converted").rglob("*.json") if str(tmp_path) in file.read_text()]
     assert PumaPipeline.from_pretrained(tmp_path / "converted").scales == [0, 1, 2, 3, 4]
 
 
