@@ -1,0 +1,209 @@
+"""Folders that `PumaPipeline` saves, through every loader that should read them, and LoRA files."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+
+from diffusers_puma import PumaPipeline
+from transformers_puma import PumaForConditionalGeneration, PumaModel, PumaProcessor
+
+MODULES = ("vae", "mllm", "image_encoder", "unet_0", "unet_1", "unet_2", "unet_3", "unet_4")
+
+
+def assert_same_pipeline(found: PumaPipeline, expected: PumaPipeline) -> None:
+    assert type(found) is PumaPipeline
+    for name in MODULES:
+        assert (getattr(found, name) is None) == (getattr(expected, name) is None), name
+        if getattr(expected, name) is not None:
+            weights = getattr(found, name).state_dict()
+            for key, value in getattr(expected, name).state_dict().items():
+                assert torch.equal(weights[key], value), f"{name}.{key}"
+
+
+def image(pipe: PumaPipeline, scale: int = 3) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    features = {scale: torch.ones(1, (256, 64, 16, 4, 1)[scale], 32)}
+    generator = torch.Generator().manual_seed(0)
+    return pipe(image_features=features, scale=scale, generator=generator, output_type="pt").images
+
+
+class TestFolder:
+    @pytest.mark.parametrize("loader", [PumaPipeline, DiffusionPipeline])
+    def test_full(self, full_pipeline, tmp_path, loader):
+        full_pipeline.mllm.generation_config.max_new_tokens = 17
+        full_pipeline.save_pretrained(tmp_path)
+        loaded = loader.from_pretrained(tmp_path)
+        assert_same_pipeline(loaded, full_pipeline)
+        assert type(loaded.processor) is PumaProcessor
+        assert loaded.config.default_num_inference_steps == 3
+        assert loaded.mllm.generation_config.max_new_tokens == 17
+        assert not loaded.mllm.training and not loaded.unet_0.training
+        torch.testing.assert_close(image(loaded), image(full_pipeline), atol=0, rtol=0)
+
+    @pytest.mark.parametrize("loader", [PumaPipeline, DiffusionPipeline])
+    def test_some_decoders_alone(self, decoder_pipeline, tmp_path, loader):
+        decoder_pipeline.unet_0 = decoder_pipeline.unet_2 = None
+        decoder_pipeline.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["unet_0"] == index["mllm"] == [None, None]
+        assert index["unet_1"] == ["diffusers_puma", "PumaUNet2DConditionModel"]
+        assert not (tmp_path / "config.json").exists()
+        loaded = loader.from_pretrained(tmp_path)
+        assert_same_pipeline(loaded, decoder_pipeline)
+        assert loaded.scales == [1, 3, 4]
+
+    def test_reads_only_the_scales_asked_for(self, decoder_pipeline, tmp_path):
+        decoder_pipeline.save_pretrained(tmp_path)
+        for scale in (0, 1, 2, 4):
+            shutil.rmtree(tmp_path / f"unet_{scale}")
+        loaded = PumaPipeline.from_pretrained(tmp_path, scales=[3])
+        assert loaded.scales == [3]
+        torch.testing.assert_close(image(loaded), image(decoder_pipeline), atol=0, rtol=0)
+        assert PumaPipeline.from_pretrained(tmp_path, scales=[]).scales == []
+        passed = PumaPipeline.from_pretrained(tmp_path, scales=[3], unet_1=decoder_pipeline.unet_1)
+        assert passed.scales == [1, 3]
+
+    def test_scale_that_the_folder_lacks(self, decoder_pipeline, tmp_path):
+        decoder_pipeline.unet_2 = None
+        decoder_pipeline.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="scale 2 has no decoder here"):
+            PumaPipeline.from_pretrained(tmp_path, scales=[3, 2])
+        with pytest.raises(ValueError, match="scale must be 0..4.*got 5"):
+            PumaPipeline.from_pretrained(tmp_path, scales=[5])
+
+    def test_components_passed_in(self, decoder_pipeline, tmp_path):
+        decoder_pipeline.save_pretrained(tmp_path)
+        scheduler = EulerDiscreteScheduler.from_config(decoder_pipeline.scheduler.config)
+        loaded = PumaPipeline.from_pretrained(tmp_path, scheduler=scheduler, image_encoder=None)
+        assert loaded.scheduler is scheduler and loaded.image_encoder is None
+
+    def test_dtype(self, full_pipeline, tmp_path):
+        full_pipeline.save_pretrained(tmp_path)
+        loaded = PumaPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, scales=[4])
+        assert {loaded.mllm.dtype, loaded.unet_4.dtype, loaded.vae.dtype} == {torch.bfloat16}
+        loaded.set_progress_bar_config(disable=True)
+        assert loaded("a", scale=4, output_type="pt").images.shape == (1, 3, 16, 16)
+
+    def test_variant(self, full_pipeline, tmp_path):
+        full_pipeline.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
+        loaded = PumaPipeline.from_pretrained(tmp_path, variant="bf16", dtype=torch.bfloat16)
+        assert_same_pipeline(loaded, full_pipeline)
+        model = AutoModelForMultimodalLM.from_pretrained(tmp_path, variant="bf16")
+        assert torch.equal(model.image_head.weight, full_pipeline.mllm.image_head.weight)
+
+
+class TestLanguageModelRoot:
+    @pytest.mark.parametrize("max_shard_size", [None, "40KB"])
+    def test_transformers_read_the_pipelines_root(self, full_pipeline, tmp_path, max_shard_size):
+        full_pipeline.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+        assert (len(list((tmp_path / "mllm").glob("*.safetensors"))) > 1) == (max_shard_size is not None)
+        assert not list(tmp_path.glob("*.safetensors"))
+
+        model, info = AutoModelForMultimodalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(model) is PumaForConditionalGeneration
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        expected = full_pipeline.mllm.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+        assert model.generation_config.suppress_tokens == full_pipeline.mllm.generation_config.suppress_tokens
+
+        base, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(base) is PumaModel and not info["missing_keys"]
+        assert torch.equal(base.projector.weight, full_pipeline.mllm.model.projector.weight)
+
+        processor = AutoProcessor.from_pretrained(tmp_path)
+        assert type(processor) is PumaProcessor
+        expected_ids = full_pipeline.processor.prepare_generation(["a cat"])["input_ids"]
+        assert torch.equal(processor.prepare_generation(["a cat"])["input_ids"], expected_ids)
+        assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(full_pipeline.processor.tokenizer)
+
+    def test_weight_index(self, full_pipeline, tmp_path):
+        full_pipeline.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {"mllm/model.safetensors"}
+        with safe_open(tmp_path / "mllm" / "model.safetensors", "pt") as weights:
+            assert set(index["weight_map"]) == set(weights.keys())
+            sizes = [weights.get_tensor(key).nbytes for key in weights.keys()]
+        assert index["metadata"]["total_size"] == sum(sizes)
+
+    def test_folder_holds_the_code(self, full_pipeline, tmp_path):
+        full_pipeline.save_pretrained(tmp_path)
+        auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+        files = {f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
+        assert files and all((tmp_path / file).is_file() for file in files)
+
+    def test_generation_settings_that_a_download_left_at_the_root(self, full_pipeline, tmp_path):
+        full_pipeline.mllm.generation_config.max_new_tokens = 17
+        full_pipeline.save_pretrained(tmp_path)
+        (tmp_path / "mllm" / "generation_config.json").unlink()
+        loaded = DiffusionPipeline.from_pretrained(tmp_path)
+        assert loaded.mllm.generation_config.max_new_tokens == 17
+
+
+def lora(pipe: PumaPipeline, scale: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """LoRA weights that change what the decoder of `scale` does; `pipe` is left without them."""
+    torch.manual_seed(seed)
+    unet = getattr(pipe, f"unet_{scale}")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "new")
+    layers = {key: value.clone() for key, value in get_peft_model_state_dict(unet, adapter_name="new").items()}
+    unet.unload_lora()
+    return layers
+
+
+class TestLora:
+    def test_round_trip(self, decoder_pipeline, tmp_path):
+        layers = {scale: lora(decoder_pipeline, scale) for scale in (2, 3)}
+        PumaPipeline.save_lora_weights(tmp_path, layers)
+        plain = image(decoder_pipeline)
+
+        decoder_pipeline.load_lora_weights(tmp_path, scale=3, adapter_name="style")
+        assert decoder_pipeline.get_list_adapters() == {"unet_3": ["style"]}
+        loaded = get_peft_model_state_dict(decoder_pipeline.unet_3, adapter_name="style")
+        assert loaded.keys() == layers[3].keys()
+        assert all(torch.equal(value, layers[3][key]) for key, value in loaded.items())
+        full = image(decoder_pipeline)
+        assert (full - plain).abs().max() > 1e-4
+
+        decoder_pipeline.set_adapters("style", 0.0)
+        torch.testing.assert_close(image(decoder_pipeline), plain)
+        decoder_pipeline.set_adapters("style", 1.0)
+        decoder_pipeline.fuse_lora(components=["unet_3"])
+        torch.testing.assert_close(image(decoder_pipeline), full, atol=1e-4, rtol=0)
+        decoder_pipeline.unfuse_lora(components=["unet_3"])
+        decoder_pipeline.unload_lora_weights()
+        assert decoder_pipeline.get_list_adapters() == {}
+        torch.testing.assert_close(image(decoder_pipeline), plain)
+
+    def test_all_scales_of_a_file(self, decoder_pipeline, tmp_path):
+        PumaPipeline.save_lora_weights(tmp_path, {scale: lora(decoder_pipeline, scale) for scale in (0, 4)})
+        decoder_pipeline.load_lora_weights(tmp_path, adapter_name="style")
+        assert decoder_pipeline.get_list_adapters() == {"unet_0": ["style"], "unet_4": ["style"]}
+
+    def test_settings_travel_with_the_weights(self, decoder_pipeline, tmp_path):
+        settings = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"]).to_dict()
+        layers = {3: lora(decoder_pipeline, 3)}
+        PumaPipeline.save_lora_weights(tmp_path, layers, unet_lora_adapter_metadata={3: settings})
+        decoder_pipeline.load_lora_weights(tmp_path / "pytorch_lora_weights.safetensors", scale=3)
+        assert decoder_pipeline.unet_3.peft_config["default_0"].lora_alpha == 8
+
+    def test_keeps_model_offload(self, decoder_pipeline, tmp_path):
+        PumaPipeline.save_lora_weights(tmp_path, {3: lora(decoder_pipeline, 3)})
+        decoder_pipeline.load_lora_weights(tmp_path, scale=3)
+        expected = image(decoder_pipeline)
+        decoder_pipeline.enable_model_cpu_offload(device="cpu")
+        torch.testing.assert_close(image(decoder_pipeline), expected)
+
+    def test_errors(self, decoder_pipeline):
+        weights = {f"unet_3.{key}": value for key, value in lora(decoder_pipeline, 3).items()}
+        with pytest.raises(ValueError, match=r"no keys prefixed 'unet_2.'.*found \['unet_3'\]"):
+            decoder_pipeline.load_lora_weights(weights, scale=2)
+        with pytest.raises(ValueError, match=r"no keys prefixed 'unet_<scale>.'"):
+            decoder_pipeline.load_lora_weights({"transformer.a": torch.zeros(1)})
+        decoder_pipeline.unet_3 = None
+        with pytest.raises(ValueError, match=r"scales \[3\], whose decoders are absent"):
+            decoder_pipeline.load_lora_weights(weights, scale=3)
