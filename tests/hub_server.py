@@ -5,9 +5,9 @@ clients (huggingface_hub, transformers, diffusers, peft) run against it. It know
 Xet, no multi-part uploads, no pull requests, no pagination. What it does not know it answers with 501.
 
     with HubServer(tmp_path) as hub:
-        subprocess.run([sys.executable, "-c", code], env=hub.environment(), check=True)
+        hub.run("tests.test_hub_server", "check_files")
 
-The endpoint is read when huggingface_hub is imported, hence the subprocess.
+The endpoint is read when huggingface_hub is imported, so what talks to the server is a process of its own.
 """
 
 import base64
@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -124,6 +126,13 @@ class HubServer:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1",
         }
+
+    def run(self, module: str, *arguments: str) -> None:
+        """`python -m module` in the root of the checkout, with `environment()`; its errors become an assertion's."""
+        command = [sys.executable, "-m", module, *arguments]
+        checkout = Path(__file__).parents[1]
+        process = subprocess.run(command, cwd=checkout, env=self.environment(), capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
 
     def repository(self, repo: str) -> Repository:
         if repo not in self.repositories:

@@ -1,17 +1,16 @@
 """The Hub server of the tests, driven by the stock clients and stock models.
 
-The endpoint is read when huggingface_hub is imported, so what talks to the server runs in a subprocess:
-`python test_hub_server.py CHECK`, which calls the function of that name below.
+Each test runs `python -m tests.test_hub_server CHECK`, which calls the function of that name below.
 """
 
 import copy
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+
+from tests.hub_server import HubServer
 
 
 def check_files():
@@ -136,9 +135,7 @@ def check_libraries():
 @pytest.mark.parametrize("check", [check_files, check_libraries], ids=lambda check: check.__name__)
 def test_hub_server(check, tmp_path):
     with HubServer(tmp_path) as hub:
-        command = [sys.executable, __file__, check.__name__]
-        run = subprocess.run(command, env=hub.environment(), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+        hub.run("tests.test_hub_server", check.__name__)
 
 
 if __name__ == "__main__":

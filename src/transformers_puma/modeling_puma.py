@@ -7,6 +7,7 @@ k_i tokens of scale i, S = sum of all k_i (`config.image_seq_length`).
 """
 
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -97,6 +98,8 @@ class PumaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    # diffusers reads from the signature whether to pass on `variant` and `max_shard_size`.
+    @wraps(PreTrainedModel.save_pretrained, assigned=())
     def save_pretrained(self, *args, **kwargs):
         """As in transformers; the folder also loads with `trust_remote_code=True` where this package is not installed."""
         self.config.auto_map = {

@@ -63,6 +63,7 @@ def add_puma_tokens(tokenizer: PreTrainedTokenizerBase, num_location_tokens: int
     """
     tokens = [IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN, *map(location_token, range(num_location_tokens))]
     tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # what `save_pretrained` writes
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     known = tokenizer.get_vocab()
