@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 from diffusers_puma import PumaPipeline
+from tests.hub_server import HubServer
 from transformers_puma import PumaForConditionalGeneration, PumaModel, PumaProcessor
 
 MODULES = ("vae", "mllm", "image_encoder", "unet_0", "unet_1", "unet_2", "unet_3", "unet_4")
@@ -143,6 +146,30 @@ class TestLanguageModelRoot:
         (tmp_path / "mllm" / "generation_config.json").unlink()
         loaded = DiffusionPipeline.from_pretrained(tmp_path)
         assert loaded.mllm.generation_config.max_new_tokens == 17
+
+
+SAVE_AND_PUSH = """
+import sys
+from diffusers import DiffusionPipeline
+from transformers import AutoModelForMultimodalLM
+from diffusers_puma import PumaPipeline
+
+folder, copy = sys.argv[1:]
+PumaPipeline.from_pretrained(folder).save_pretrained(copy, push_to_hub=True, repo_id="tester/pushed")
+DiffusionPipeline.from_pretrained("tester/pushed").save_pretrained(f"{copy}-pipeline")
+AutoModelForMultimodalLM.from_pretrained("tester/pushed").save_pretrained(f"{copy}-model")
+"""
+
+
+def test_save_and_push_in_one(full_pipeline, tmp_path):
+    full_pipeline.save_pretrained(tmp_path / "saved")
+    command = [sys.executable, "-c", SAVE_AND_PUSH, str(tmp_path / "saved"), str(tmp_path / "copy")]
+    with HubServer(tmp_path / "hub") as hub:
+        result = subprocess.run(command, env=hub.environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert_same_pipeline(PumaPipeline.from_pretrained(tmp_path / "copy-pipeline"), full_pipeline)
+    model = PumaForConditionalGeneration.from_pretrained(tmp_path / "copy-model")
+    assert all(torch.equal(value, full_pipeline.mllm.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def lora(pipe: PumaPipeline, scale: int, seed: int = 0) -> dict[str, torch.Tensor]:
