@@ -1,0 +1,33 @@
+"""`puma ask`: an answer to a question about a picture. Loads the language model only."""
+
+import argparse
+
+from .model_source import find_model
+from .options import add_model_options, positive
+from .pictures import read_picture
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser("ask", help="an answer to a question about a picture", description=__doc__)
+    parser.add_argument("image", metavar="IMAGE", help="picture file")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer, in tokens (128)"
+    )
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    picture = read_picture(args.image)
+    model = find_model(args.model)
+    model.require_language_model("a question")
+
+    import torch
+
+    from .loading import load_language_model, quiet_libraries
+
+    mllm, processor = load_language_model(model, args.device, args.dtype)
+    inputs = processor.prepare_question([args.question], [[picture]]).to(mllm.device)
+    with quiet_libraries(), torch.no_grad():
+        sequences = mllm.generate(**inputs, max_new_tokens=args.max_new_tokens)
+    print(processor.decode_answers(sequences, inputs["input_ids"].shape[1])[0])

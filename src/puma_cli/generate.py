@@ -1,0 +1,50 @@
+"""`puma generate`: a picture from words, or from words and pictures."""
+
+import argparse
+
+from .errors import UserError
+from .model_source import find_model
+from .options import add_model_options, add_output_option, add_sampling_options, scale_or_best
+from .pictures import check_output, read_picture
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "generate", help="a picture from words, or from words and pictures", description=__doc__
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw; with --image, what to make of it")
+    parser.add_argument("--image", nargs="+", action="extend", metavar="FILE", help="pictures the prompt is about")
+    parser.add_argument(
+        "--scale",
+        type=scale_or_best,
+        metavar="N|all|best",
+        help="0 (finest, follows a given picture closely) to 4 (coarsest); `all` for a sheet of every scale; `best` "
+        "for the scale whose picture the model itself finds to fit the prompt best (default: 3, with --image 0)",
+    )
+    add_output_option(parser, "puma.png")
+    add_sampling_options(parser)
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    output = check_output(args.output)
+    given = [read_picture(file) for file in args.image or []]
+    if args.scale == "best" and (given or not args.prompt.strip()):
+        raise UserError("--scale best ranks pictures by how well they fit a caption: it takes words, and no --image")
+    model = find_model(args.model)
+    model.require_decoders()
+    model.require_scale(args.scale)
+    model.require_language_model("a prompt")
+
+    from diffusers_puma.pipeline_puma import IMAGE_SCALE, TEXT_SCALE
+
+    from .drawing import draw, load_for, write_pictures
+    from .scoring import caption_scorer
+
+    pipe = load_for(args, model, IMAGE_SCALE if given else TEXT_SCALE)
+    inputs = {"prompt": args.prompt}
+    if given:
+        inputs["image"] = [given]
+    if args.scale == "best":
+        inputs["scorer"] = caption_scorer(pipe.mllm, pipe.processor)
+    write_pictures(draw(pipe, args, **inputs), output, args.prompt, given)

@@ -1,0 +1,132 @@
+"""`puma info`: what a model folder holds, read from configs and from the headers of weight files. Loads no weight."""
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .model_source import CONFIG, ModelSource, find_model
+
+WHOLE_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+# What a language model's weights belong to, by how their names start; the first that fits.
+LANGUAGE_MODEL_PARTS = {
+    "model.vision_tower.": "encoder",
+    "model.language_model.": "language model",
+    "": "projector and heads",
+}
+
+Tensors = dict[str, dict[str, Any]]
+Row = tuple[str, str, str, str, str]
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser("info", help="what a model folder holds", description=__doc__)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder (default: that of the checkout)")
+
+
+def run(args: argparse.Namespace) -> None:
+    model = find_model(args.model)
+    folder = Path(model.name)
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder} (a model on the Hub must be downloaded first)")
+    parts = {name: folder / name for name in model.components} or {_kind(model): folder}
+    tensors = {name: _read_weights(part) for name, part in parts.items()}
+    print("\n".join([*_summary(model, folder, tensors), "", *_table(_rows(model, parts, tensors))]))
+
+
+def _kind(model: ModelSource) -> str:
+    """What a folder is that holds no pipeline."""
+    return "decoder" if "_class_name" in model.config else "mllm"
+
+
+def _summary(model: ModelSource, folder: Path, tensors: dict[str, Tensors]) -> Iterator[str]:
+    every = [tensor for part in tensors.values() for tensor in part.values()]
+    yield f"{folder}: {_count(every):,} parameters, {_size(every)}"
+    vision = model.config.get("vision_config") or _read_config(folder / "image_encoder")
+    if vision:
+        grid = vision["image_size"] // vision["patch_size"]
+        yield (
+            f"encoder: {vision['image_size']} x {vision['image_size']} pixels -> "
+            f"{grid} x {grid} tokens of {vision['hidden_size']} channels"
+            + (f", {model.config['num_scales']} scales" if "num_scales" in model.config else "")
+        )
+    vae = _read_config(folder / "vae")
+    for scale in model.decoders:
+        config = _read_config(folder / f"unet_{scale}")
+        size = config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        yield f"scale {scale}: {config['num_tokens']} tokens -> {size} x {size} pixels"
+    if model.decoders:
+        yield f"denoising steps by default: {model.index['default_num_inference_steps']}"
+
+
+def _rows(model: ModelSource, parts: dict[str, Path], tensors: dict[str, Tensors]) -> Iterator[Row]:
+    yield "part", "class", "parameters", "format", "size"
+    for name, folder in parts.items():
+        config = _read_config(folder)
+        entry = model.index.get(name) or [None, config.get("_class_name") or (config.get("architectures") or ["?"])[0]]
+        yield _row(name, entry[1], list(tensors[name].values()))
+        if name == "mllm":
+            groups: dict[str, list] = {label: [] for label in LANGUAGE_MODEL_PARTS.values()}
+            for key, tensor in tensors[name].items():
+                prefix = next(start for start in LANGUAGE_MODEL_PARTS if key.startswith(start))
+                groups[LANGUAGE_MODEL_PARTS[prefix]].append(tensor)
+            for label, group in groups.items():
+                yield _row(f"  {label}", "", group)
+
+
+def _row(name: str, kind: str, tensors: list[dict[str, Any]]) -> Row:
+    if not tensors:
+        return name, kind, "", "", ""
+    formats = Counter(tensor["dtype"] for tensor in tensors)
+    return name, kind, f"{_count(tensors):,}", "/".join(sorted(formats)), _size(tensors)
+
+
+def _table(rows: Iterator[Row]) -> Iterator[str]:
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        name, kind, parameters, formats, size = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield f"{name}  {kind}  {parameters.strip():>{widths[2]}}  {formats}  {size.strip():>{widths[4]}}".rstrip()
+
+
+def _count(tensors: list[dict[str, Any]]) -> int:
+    return sum(math.prod(tensor["shape"]) for tensor in tensors)
+
+
+def _size(tensors: list[dict[str, Any]]) -> str:
+    size = sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _read_weights(folder: Path) -> Tensors:
+    """Name -> dtype, shape and offsets of each tensor in a folder's weight files, whole or in shards."""
+    files = sorted(folder.glob("*.safetensors"))
+    whole = [file for file in files if file.name in WHOLE_FILES]
+    return {name: tensor for file in whole or files for name, tensor in _read_header(file).items()}
+
+
+def _read_header(file: Path) -> Tensors:
+    """The JSON at the start of a safetensors file: eight bytes with its length, then the text.
+
+    Raises:
+        UserError: another kind of file, or one that was cut off, such as the pointer that git leaves without LFS.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size - 8:
+            raise UserError(f"{file} is no complete safetensors file")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if 8 + length + end != file.stat().st_size:
+        raise UserError(f"{file} is cut off: {file.stat().st_size} bytes of {8 + length + end}")
+    return header

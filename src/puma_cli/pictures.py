@@ -1,0 +1,63 @@
+"""Picture files: read and written with errors that say which file and why. Imports PIL only when called."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def read_picture(file: str | Path) -> "Image.Image":
+    """A picture file in RGB, upright, transparent parts on white.
+
+    Raises:
+        UserError: no such file, or not a picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    file = Path(file)
+    if not file.exists():
+        raise UserError(f"no such file: {file}")
+    if not file.is_file():
+        raise UserError(f"not a file: {file}")
+    try:
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except UnidentifiedImageError as error:
+        raise UserError(f"not a picture: {file}") from error
+    # Image.open and the decoders behind it raise many kinds of errors on damaged files.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the picture {file}: {one_line(error)}") from error
+    background = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(background, picture).convert("RGB")
+
+
+def check_output(file: str | Path) -> Path:
+    """The path of a PNG that can be written; to be called before any work is done for it.
+
+    Raises:
+        UserError: not named `.png`, a folder, or in a folder that is missing or not writable.
+    """
+    file = Path(file)
+    if file.suffix.lower() != ".png":
+        raise UserError(f"the output must be a .png file, got {file}")
+    if file.is_dir():
+        raise UserError(f"the output is a folder: {file}")
+    if not file.parent.is_dir():
+        raise UserError(f"no such folder for the output: {file.parent}")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(f"the folder of the output is not writable: {file.parent}")
+    return file
+
+
+def write_png(picture: "Image.Image", file: Path) -> None:
+    """Writes a whole file or none: under a temporary name beside it, then renamed."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        picture.save(unfinished, format="PNG")
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
