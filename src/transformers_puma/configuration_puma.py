@@ -89,7 +89,8 @@ class PumaConfig(PreTrainedConfig):
         tokens_per_scale(self.grid_size, self.num_scales)
         if len(self.scale_loss_weights) != self.num_scales:
             raise ValueError(
-                f"scale_loss_weights={self.scale_loss_weights} must hold one weight for each of num_scales={self.num_scales}"
+                f"scale_loss_weights={self.scale_loss_weights} must hold one weight for each of "
+                f"num_scales={self.num_scales}"
             )
         unknown = [scale for scale in self.input_scales or [] if not 0 <= scale < self.num_scales]
         if unknown or self.input_scales == []:

@@ -83,7 +83,9 @@ class PumaGenerationMixin(GenerationMixin):
         if not 0 <= scale < self.config.num_scales:
             raise ValueError(f"scale={scale} must be one of 0..{self.config.num_scales - 1}")
         if (input_ids[:, -1] != self.config.image_start_token_id).any():
-            raise ValueError(f"every prompt must end with [IMG] (id {self.config.image_start_token_id}) and be left-padded")
+            raise ValueError(
+                f"every prompt must end with [IMG] (id {self.config.image_start_token_id}) and be left-padded"
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
 
@@ -120,8 +122,8 @@ class PumaGenerationMixin(GenerationMixin):
     ) -> InterleavedOutput:
         """Text and images in the order in which the model writes them; it chooses when to draw.
 
-        Greedy search or sampling through stock `generate`: placeholder ids take part in its bookkeeping, and the features
-        travel beside them. Each image takes `image_seq_length` + 2 of `max_new_tokens`.
+        Greedy search or sampling through stock `generate`: placeholder ids take part in its bookkeeping, and the
+        features travel beside them. Each image takes `image_seq_length` + 2 of `max_new_tokens`.
 
         Raises:
             ValueError: `num_beams`, `num_return_sequences` or an assistant model, which would reorder rows.

@@ -1,7 +1,7 @@
 """Multi-granular image features: pooling, order and positions. Pure functions; knows no model and no text.
 
-An image is a square grid of encoder features. Scale 0 is that grid itself, scale i the grid average-pooled i times by two
-(report section 3.1, equation 1), and a sequence holds the scales flattened from the coarsest to the finest.
+An image is a square grid of encoder features. Scale 0 is that grid itself, scale i the grid average-pooled i times
+by two (report section 3.1, equation 1), and a sequence holds the scales flattened from the coarsest to the finest.
 
 Legend: B images, k_i tokens of scale i, C channels, N the coarsest scale, S = sum of all k_i.
 """
@@ -17,8 +17,8 @@ def tokens_per_scale(grid_size: int, num_scales: int) -> list[int]:
     """Token counts k_0..k_N of a `grid_size` x `grid_size` grid; `(16, 5)` gives `[256, 64, 16, 4, 1]`."""
     if num_scales < 1 or grid_size % 2 ** (num_scales - 1):
         raise ValueError(
-            f"num_scales={num_scales} does not fit a {grid_size} x {grid_size} grid: it must be at least 1 and the grid "
-            f"must be divisible by 2 ** (num_scales - 1)"
+            f"num_scales={num_scales} does not fit a {grid_size} x {grid_size} grid: it must be at least 1 and the "
+            "grid divisible by 2 ** (num_scales - 1)"
         )
     return [(grid_size // 2**scale) ** 2 for scale in range(num_scales)]
 
@@ -36,7 +36,9 @@ def multigranular_features(features: torch.Tensor, num_scales: int) -> list[torc
     if features.dim() == 3:
         side = math.isqrt(features.shape[1])
         if side * side != features.shape[1]:
-            raise ValueError(f"features of shape {tuple(features.shape)} are no square grid: {features.shape[1]} tokens")
+            raise ValueError(
+                f"features of shape {tuple(features.shape)} are no square grid: {features.shape[1]} tokens"
+            )
         features = features.unflatten(1, (side, side))
     if features.dim() != 4 or features.shape[1] != features.shape[2]:
         raise ValueError(f"features must be (B, k, C) or (B, H, H, C), got {tuple(features.shape)}")

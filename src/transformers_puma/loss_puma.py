@@ -13,8 +13,10 @@ def text_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tenso
         num_items: supervised tokens of the global batch; by default those of this one.
     """
     targets = labels[:, 1:].to(logits.device)
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-    return total / _count(num_items, (targets != -100).sum())
+    supervised = targets != -100
+    # Most positions are image tokens without a label: leave them out before the copy in fp32.
+    total = F.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="sum")
+    return total / _count(num_items, supervised.sum())
 
 
 def image_loss(

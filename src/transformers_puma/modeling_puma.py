@@ -2,8 +2,8 @@
 
 This file knows no pictures beyond `pixel_values` and no decoder: it takes and gives features.
 
-Legend: B rows, T positions, n images (in the order of their placeholders, row by row), C feature channels, H hidden size,
-k_i tokens of scale i, S = sum of all k_i (`config.image_seq_length`).
+Legend: B rows, T positions, n images (in the order of their placeholders, row by row), C feature channels, H hidden
+size, k_i tokens of scale i, S = sum of all k_i (`config.image_seq_length`).
 """
 
 from dataclasses import dataclass
@@ -40,8 +40,8 @@ class PumaCausalLMOutputWithPast(ModelOutput):
     """Output of `PumaForConditionalGeneration`.
 
     loss: weighted sum of `text_loss` and `image_loss`; all three None without labels.
-    scale_losses: (num_scales,) unweighted squared error per scale over this batch's supervised image tokens, NaN where a
-        scale has none; detached, for logging.
+    scale_losses: (num_scales,) unweighted squared error per scale over this batch's supervised image tokens, NaN
+        where a scale has none; detached, for logging.
     logits: (B, T, V).
     image_features: (n, S, C) encoder features of the images.
     next_image_feature: (B, C) feature predicted at the last position; only while generating interleaved.
@@ -101,7 +101,8 @@ class PumaPreTrainedModel(PreTrainedModel):
     # diffusers reads from the signature whether to pass on `variant` and `max_shard_size`.
     @wraps(PreTrainedModel.save_pretrained, assigned=())
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers; the folder also loads with `trust_remote_code=True` where this package is not installed."""
+        """As in transformers; the folder also loads with `trust_remote_code=True` where this package is not
+        installed."""
         self.config.auto_map = {
             "AutoConfig": "configuration_puma.PumaConfig",
             "AutoModel": "modeling_puma.PumaModel",
@@ -149,8 +150,8 @@ class PumaModel(PumaPreTrainedModel):
     def _is_read(self, positions: ImagePositions, image_loss_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T) bool: image positions whose feature the language model sees.
 
-        `input_scales` hides scales of images that are given, never of those that are written; a hidden position keeps the
-        placeholder's embedding.
+        `input_scales` hides scales of images that are given, never of those that are written; a hidden position
+        keeps the placeholder's embedding.
         """
         if self.config.input_scales is None:
             return positions.mask
@@ -183,10 +184,10 @@ class PumaModel(PumaPreTrainedModel):
             pixel_values: (n, 3, height, width), one for each run in `input_ids`, row by row.
             image_features: (n, S, C) encoder features, coarsest first, in place of `pixel_values`.
             image_loss_mask: (n,) bool, images that the model writes; `input_scales` does not hide anything of them.
-            feature_noise: standard deviation of noise on the features that are read, in units of each channel's own over
-                the batch, drawn up to this for each image; regression targets stay clean.
-            generated_features: (B, m, C) features that were predicted for the last m positions; used where a placeholder
-                stands.
+            feature_noise: standard deviation of noise on the features that are read, in units of each channel's own
+                over the batch, drawn up to this for each image; regression targets stay clean.
+            generated_features: (B, m, C) features that were predicted for the last m positions; used where a
+                placeholder stands.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; more than one source of images; a number of
@@ -216,7 +217,9 @@ class PumaModel(PumaPreTrainedModel):
                 states = self.projector(_with_noise(images.last_hidden_state, feature_noise))
             read = self._is_read(positions, image_loss_mask)
             spliced = _splice(inputs_embeds[:, : prompt_ids.shape[1]], states, positions, read)
-            inputs_embeds = torch.cat([spliced, inputs_embeds[:, prompt_ids.shape[1] :]], dim=1) if written else spliced
+            inputs_embeds = (
+                torch.cat([spliced, inputs_embeds[:, prompt_ids.shape[1] :]], dim=1) if written else spliced
+            )
 
         if generated_features is not None and generated_features.shape[1]:
             states = self.projector(generated_features.to(self.projector.weight.dtype))
@@ -310,8 +313,8 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         Args:
             labels: (B, T) supervised text tokens, -100 elsewhere. Without labels nothing is supervised.
             image_loss_mask: (n,) bool, images that are regression targets; without it none is.
-            num_text_items, num_image_items: supervised text and image tokens of the global batch, the two denominators of
-                the loss; by default those of this batch.
+            num_text_items, num_image_items: supervised text and image tokens of the global batch, the two
+                denominators of the loss; by default those of this batch.
             logits_to_keep: logits for the last that many positions only; 0 for all.
         """
         outputs = self.model(
@@ -354,7 +357,8 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         image_loss_mask: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Regression loss of the images to be written: the state before each of their positions predicts its feature."""
+        """Regression loss of the images to be written: the state before each of their positions predicts its
+        feature."""
         hidden_states, positions = outputs.last_hidden_state, outputs.image_positions
         supervised = torch.zeros(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         if positions is not None and image_loss_mask is not None and len(image_loss_mask):
@@ -377,13 +381,15 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
 def _splice(
     inputs_embeds: torch.Tensor, states: torch.Tensor, positions: ImagePositions, read: torch.Tensor
 ) -> torch.Tensor:
-    """Image states (n, S, H) in place of the embeddings (B, T, H) where `read` (B, T) holds; static shapes throughout."""
+    """Image states (n, S, H) in place of the embeddings (B, T, H) where `read` (B, T) holds; static shapes
+    throughout."""
     flat = (positions.image * states.shape[1] + positions.offset).clamp(0, states.shape[0] * states.shape[1] - 1)
     gathered = states.flatten(0, 1)[flat].to(inputs_embeds.device, inputs_embeds.dtype)
     return torch.where(read.unsqueeze(-1), gathered, inputs_embeds)
 
 
 def _with_noise(features: torch.Tensor, feature_noise: float) -> torch.Tensor:
-    """Features (n, S, C) with white noise of a strength drawn for each image, up to `feature_noise` channel deviations."""
+    """Features (n, S, C) with white noise of a strength drawn for each image, up to `feature_noise` channel
+    deviations."""
     strength = feature_noise * torch.rand(features.shape[0], 1, 1, device=features.device, dtype=features.dtype)
     return features + strength * features.std(dim=(0, 1), keepdim=True) * torch.randn_like(features)

@@ -1,7 +1,8 @@
 """Text and pictures (and boxes) to the ids and pixels that PUMA reads, and back.
 
-`<image>` and `<box>` are markup in the texts that users write for `PumaProcessor.__call__` and in training rows. Prompts and
-questions that come from elsewhere go through `prepare_generation` and `prepare_question`, where nothing is markup.
+`<image>` and `<box>` are markup in the texts that users write for `PumaProcessor.__call__` and in training rows.
+Prompts and questions that come from elsewhere go through `prepare_generation` and `prepare_question`, where nothing
+is markup.
 """
 
 import re
@@ -33,14 +34,15 @@ CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] == 'system' -%}"
     "{{- render(messages[0]['content']) -}}{%- set turns = messages[1:] -%}"
     "{%- else -%}"
-    "{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user\\'s questions.' -}}{%- set turns = messages -%}"
+    "{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user\\'s questions.' -}}{%- set turns = messages -%}"
     "{%- endif -%}"
     "{%- for message in turns -%}"
     "{%- if message['role'] == 'user' -%}{{- ' USER: ' + render(message['content']) -}}"
     "{%- elif message['role'] == 'assistant' -%}"
     "{{- ' ASSISTANT:' -}}{%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}"
-    "{%- else -%}{{- raise_exception('unknown role ' + message['role'] + ': expected system (first), user or assistant') -}}"
+    "{%- else -%}{{- raise_exception('unknown role ' + message['role'] + "
+    "': expected system (first), user or assistant') -}}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
@@ -115,8 +117,9 @@ class PumaProcessor(ProcessorMixin):
             images: a picture, a list of them, or a list for each text.
             text: one text or a batch.
             generation_mode: `"image"` ends each text with `[IMG]`, so that the model draws next.
-            boxes: for each text (for one text: directly) its boxes, (x_min, y_min, x_max, y_max) in pixels of the original
-                picture. Each `<box>` takes the next one; it belongs to the nearest image before it, else to the text's first.
+            boxes: for each text (for one text: directly) its boxes, (x_min, y_min, x_max, y_max) in pixels of the
+                original picture. Each `<box>` takes the next one; it belongs to the nearest image before it, else to
+                the text's first.
             kwargs: of the tokenizer and the image processor, as in transformers.
 
         Returns:
@@ -134,7 +137,9 @@ class PumaProcessor(ProcessorMixin):
                 self._check_image_count(texts, images)
                 texts = self._write_boxes(texts, boxes if is_batch else [boxes], images)
             elif any(BOX_MARK in sample for sample in texts):
-                raise ValueError(f"the text holds {sum(s.count(BOX_MARK) for s in texts)} {BOX_MARK} but 0 boxes were given")
+                raise ValueError(
+                    f"the text holds {sum(s.count(BOX_MARK) for s in texts)} {BOX_MARK} but 0 boxes were given"
+                )
             text = [sample + IMAGE_START_TOKEN for sample in texts] if generation_mode == "image" else texts
         return super().__call__(images=images, text=text, **kwargs)
 
@@ -147,7 +152,9 @@ class PumaProcessor(ProcessorMixin):
         marks = [sample.count(IMAGE_TOKEN) for sample in texts]
         given = [] if images is None else _nested_images(images)
         # A list for each text is matched text by text, a flat list over the whole batch.
-        per_text = isinstance(images, (list, tuple)) and len(given) == len(texts) and isinstance(images[0], (list, tuple))
+        per_text = (
+            isinstance(images, (list, tuple)) and len(given) == len(texts) and isinstance(images[0], (list, tuple))
+        )
         counts = [len(group) for group in given]
         if (marks != counts) if per_text else (sum(marks) != sum(counts)):
             found, passed = (marks, counts) if per_text else (sum(marks), sum(counts))
@@ -156,14 +163,15 @@ class PumaProcessor(ProcessorMixin):
     def _write_boxes(self, texts: list[str], boxes: list, images) -> list[str]:
         if len(boxes) != len(texts):
             raise ValueError(f"boxes for {len(boxes)} texts were given, but there are {len(texts)} texts")
-        sizes = iter([_size(image) for group in _nested_images(images) for image in group] if images is not None else [])
+        sizes = iter(
+            [_size(image) for group in _nested_images(images) for image in group] if images is not None else []
+        )
         written = []
         for sample, sample_boxes in zip(texts, boxes, strict=True):
             sample_sizes = [next(sizes) for _ in range(sample.count(IMAGE_TOKEN))]
             if sample.count(BOX_MARK) != len(sample_boxes or []):
-                raise ValueError(
-                    f"the text holds {sample.count(BOX_MARK)} {BOX_MARK} but {len(sample_boxes or [])} boxes were given"
-                )
+                given = len(sample_boxes or [])
+                raise ValueError(f"the text holds {sample.count(BOX_MARK)} {BOX_MARK} but {given} boxes were given")
             if sample_boxes and not sample_sizes:
                 raise ValueError(f"the text {sample!r} has boxes but no {IMAGE_TOKEN} that they belong to")
             queue = list(sample_boxes or [])
@@ -188,7 +196,9 @@ class PumaProcessor(ProcessorMixin):
         width, height = size
         x_min, y_min, x_max, y_max = box
         if x_min >= x_max or y_min >= y_max or x_max <= 0 or y_max <= 0 or x_min >= width or y_min >= height:
-            raise ValueError(f"box {tuple(box)} has no area within a picture of {width} x {height} (expected xyxy pixels)")
+            raise ValueError(
+                f"box {tuple(box)} has no area within a picture of {width} x {height} (expected xyxy pixels)"
+            )
         last = self.num_location_tokens - 1
         fractions = (x_min / width, y_min / height, x_max / width, y_max / height)
         return "".join(
@@ -223,10 +233,9 @@ class PumaProcessor(ProcessorMixin):
     def bos_ids(self) -> list[int]:
         return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
 
-    def prepare_generation(
-        self, prompts: list[str], images: list[list[Image.Image]] | None = None
-    ) -> BatchFeature:
-        """Inputs of `generate_image_features`: BOS, the prompt's images, the prompt as plain text, `[IMG]`; left-padded.
+    def prepare_generation(self, prompts: list[str], images: list[list[Image.Image]] | None = None) -> BatchFeature:
+        """Inputs of `generate_image_features`: BOS, the prompt's images, the prompt as plain text, `[IMG]`;
+        left-padded.
 
         Args:
             prompts: plain texts; nothing in them becomes a special token.
@@ -273,7 +282,8 @@ class PumaProcessor(ProcessorMixin):
         return ids
 
     def decode_answers(self, sequences: torch.LongTensor, prompt_length: int) -> list[str]:
-        """Texts that `generate` wrote after prompts of `prompt_length`, without special tokens other than locations."""
+        """Texts that `generate` wrote after prompts of `prompt_length`, without special tokens other than
+        locations."""
         locations = {self.tokenizer.convert_tokens_to_ids(location_token(i)) for i in range(self.num_location_tokens)}
         dropped = set(self.tokenizer.all_special_ids) - locations
         answers = [[i for i in row if i not in dropped] for row in sequences[:, prompt_length:].tolist()]

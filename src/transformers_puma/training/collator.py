@@ -1,4 +1,4 @@
-"""Rows of text and pictures to a batch with what is supervised: what the model is to produce, never what it is given."""
+"""Rows of text and pictures to a batch, with what is supervised: what the model is to produce, and nothing else."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +19,17 @@ class PumaDataCollator:
     - `{"messages"}`: a conversation with `{"type": "image"}` parts; what the assistant says is supervised;
     - `{"text"}`: all of it is supervised.
 
-    `image_features`, a list of (S, C) encoder features coarsest first, may stand in place of `images`. `finest_scale` ends a
-    row that finishes with a picture after that scale: attention is causal, so the coarser scales train as in the whole row.
+    `image_features`, a list of (S, C) encoder features coarsest first, may stand in place of `images`. A row that
+    finishes with a picture ends after its scale `finest_scale`, if given: attention is causal, so the coarser scales
+    train as in the whole row.
 
     Args:
         processor: the model's.
+        tokens_per_scale: the model's, `config.tokens_per_scale`.
         max_length: longer rows are cut; None keeps them whole.
-        num_scales, grid: see `tokens_per_scale`.
 
-    Returns (from a call):
-        `input_ids`, `attention_mask`, `labels` (B, T), padded on the right; `image_loss_mask` (n,) and either `pixel_values`
-        (n, 3, height, width) or `image_features` (n, S, C).
+    A call returns `input_ids`, `attention_mask` and `labels` (B, T), padded on the right; with pictures also
+    `image_loss_mask` (n,) and either `pixel_values` (n, 3, height, width) or `image_features` (n, S, C).
     """
 
     processor: PumaProcessor
@@ -56,9 +56,13 @@ class PumaDataCollator:
     def _images(self, rows: list[Row], counts: list[int]) -> dict[str, torch.Tensor]:
         """The pictures of the batch; `counts` says how many of each row are left after cutting."""
         if any("image_features" in row for row in rows):
-            features = [f for row, count in zip(rows, counts, strict=True) for f in row.get("image_features", [])[:count]]
+            features = [
+                f for row, count in zip(rows, counts, strict=True) for f in row.get("image_features", [])[:count]
+            ]
             return {"image_features": torch.stack([torch.as_tensor(feature) for feature in features])}
-        images = [image for row, count in zip(rows, counts, strict=True) for image in (row.get("images") or [])[:count]]
+        images = [
+            image for row, count in zip(rows, counts, strict=True) for image in (row.get("images") or [])[:count]
+        ]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
     def _encode(self, row: Row) -> tuple[list[int], list[bool], list[bool]]:
@@ -72,7 +76,9 @@ class PumaDataCollator:
         else:
             raise ValueError(f"a row needs 'messages', 'prompt' and 'completion', or 'text'; got {sorted(row)}")
 
-        starts = [i for i, (token, before) in enumerate(zip(ids, [None, *ids], strict=False)) if self._starts(token, before)]
+        starts = [
+            i for i, (token, before) in enumerate(zip(ids, [None, *ids], strict=False)) if self._starts(token, before)
+        ]
         given = len(row.get("image_features", row.get("images")) or [])
         if given != len(starts):
             raise ValueError(f"the row's text holds {len(starts)} images but {given} were given: {_excerpt(row)}")

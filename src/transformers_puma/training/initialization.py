@@ -9,8 +9,8 @@ from ..modeling_puma import PumaForConditionalGeneration
 def standardize_feature_heads(model: PumaForConditionalGeneration, mean: torch.Tensor, std: torch.Tensor):
     """Folds the encoder's statistics into a freshly initialised projector and image head, in place.
 
-    The projector then starts as if it read standardised features, and the head as if it wrote them: an encoder's channels
-    differ in scale by orders of magnitude, and nothing else in the sequence normalises them.
+    The projector then starts as if it read standardised features, and the head as if it wrote them: an encoder's
+    channels differ in scale by orders of magnitude, and nothing else in the sequence normalises them.
 
     Args:
         mean, std: (C,) per channel of the encoder's features.

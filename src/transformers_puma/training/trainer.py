@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with PUMA's loss: two global-batch denominators, two learning rates, losses logged by part."""
+"""`transformers.Trainer` with the loss of PUMA: two global counts, two learning rates, losses logged by part."""
 
 import torch
 from transformers import Trainer
@@ -11,8 +11,8 @@ from .collator import PumaDataCollator
 class PumaTrainer(Trainer):
     """Trains `PumaForConditionalGeneration`, whole or through PEFT; the encoder is frozen (report section 3.2).
 
-    Takes the arguments of `transformers.Trainer`; `args` is a `PumaTrainingArguments` and `processing_class` the model's
-    `PumaProcessor`, from which the default `data_collator` is made.
+    Takes the arguments of `transformers.Trainer`; `args` is a `PumaTrainingArguments` and `processing_class` the
+    model's `PumaProcessor`, from which the default `data_collator` is made.
 
     Text and image losses are means over the supervised tokens of the global batch, counted separately, so gradient
     accumulation and data parallelism change nothing but rounding.

@@ -1,0 +1,132 @@
+"""Train the whole small PUMA, from the downloads to the model folder, with one command:
+
+    python examples/emoji/train.py --out hub_configs/puma-emoji
+
+Each stage is a script of this folder that resumes from its last checkpoint and is skipped once its result is there,
+so the same command continues a run that was killed. Stages that don't need each other run side by side.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SCALES = range(5)
+
+
+@dataclass
+class Stage:
+    """One script: done once `result` exists, ready once the results of `needs` do."""
+
+    name: str
+    script: str
+    arguments: list[str]
+    result: Path
+    needs: tuple[str, ...] = ()
+
+
+def stages(data: Path, runs: Path, out: Path, preset: str, max_steps: int | None) -> list[Stage]:
+    """All stages, in order. `max_steps` cuts each training short, to try the recipe out."""
+    training = ["--data", str(data), "--preset", preset]
+    if max_steps is not None:
+        training += ["--max_steps", str(max_steps), "--warmup_steps", "0"]
+    encoder, vae, cache, mllm = runs / "encoder", runs / "vae", runs / "cache", runs / "mllm"
+    unets = {scale: runs / f"unet_{scale}" for scale in SCALES}
+
+    def trained(name: str, script: str, result: Path, *arguments: str | Path, needs: tuple[str, ...]) -> Stage:
+        return Stage(name, script, [*training, "--out", str(result), *map(str, arguments)], result, needs)
+
+    language_model = ["--cache", cache, "--encoder", encoder]
+    decoders = [
+        trained(f"unet_{s}", "train_decoder.py", unets[s], "--scale", s, "--cache", cache, needs=("cache",))
+        for s in SCALES
+    ]
+    parts = ["--runs", str(runs), "--out", str(out)]
+    return [
+        Stage("data", "build_dataset.py", ["--out", str(data)], data),
+        trained("encoder", "train_encoder.py", encoder, needs=("data",)),
+        trained("vae", "train_vae.py", vae, needs=("data",)),
+        Stage(
+            "cache",
+            "cache_features.py",
+            ["--data", str(data), "--encoder", str(encoder), "--vae", str(vae), "--out", str(cache)],
+            cache,
+            ("encoder", "vae"),
+        ),
+        trained("mllm", "train_language_model.py", mllm, *language_model, needs=("cache",)),
+        *decoders,
+        Stage("model", "assemble.py", parts, out / "model_index.json", ("mllm", *(f"unet_{s}" for s in SCALES))),
+    ]
+
+
+def progress(log: Path) -> str:
+    """The last thing that a stage's progress bar said."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    bars = [line.strip() for line in lines if "%|" in line]
+    return bars[-1].split("|")[0].strip() + " " + bars[-1].split("|")[-1].strip() if bars else ""
+
+
+def run(todo: list[Stage], logs: Path, jobs: int) -> None:
+    """Runs the stages, at most `jobs` at a time.
+
+    Raises:
+        SystemExit: a stage failed; the others are stopped (they resume next time).
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    done = {stage.name for stage in todo if stage.result.exists()}
+    waiting = [stage for stage in todo if stage.name not in done]
+    print(f"done already: {', '.join(sorted(done)) or 'nothing'}")
+    running: dict[str, tuple[subprocess.Popen, float]] = {}
+    try:
+        while waiting or running:
+            for stage in [stage for stage in waiting if done.issuperset(stage.needs)][: jobs - len(running)]:
+                waiting.remove(stage)
+                with (logs / f"{stage.name}.log").open("ab") as log:
+                    command = [sys.executable, str(HERE / stage.script), *stage.arguments]
+                    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                running[stage.name] = process, time.monotonic()
+                print(f"\r\033[K{stage.name}: started, log in {logs / stage.name}.log", flush=True)
+            time.sleep(1)
+            for name, (process, start) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode:
+                    tail = (logs / f"{name}.log").read_text(errors="replace")[-2000:]
+                    raise SystemExit(f"\n{tail}\n{name} failed with status {process.returncode}")
+                done.add(name)
+                print(f"\r\033[K{name}: done in {time.monotonic() - start:.0f} s", flush=True)
+            status = "  ".join(f"{name} {progress(logs / f'{name}.log')}" for name in running)
+            print(f"\r\033[K{status}", end="", flush=True)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/emoji"), help="folder of the parts, logs and checkpoints"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji/puma-emoji"), help="the finished model folder")
+    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="stages side by side")
+    parser.add_argument("--max-steps", type=int, help="cut each training short, to try the recipe out")
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    todo = stages(arguments.data, arguments.runs, arguments.out, arguments.preset, arguments.max_steps)
+    run(todo, arguments.runs, arguments.jobs)
+    print(f"the model is in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Train tokenizer and language model on cached features:
+
+python examples/emoji/train_language_model.py --cache runs/emoji/cache --encoder runs/emoji/encoder --out
+runs/emoji/mllm
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from cache_features import load_cache
+from emoji_tasks import EmojiRows, TaskMix, all_texts
+from emoji_training import count_parameters, load_pictures, parse_arguments, run_stage
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from torch.utils.data import SequentialSampler
+from transformers import CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast
+
+from diffusers_puma.training import feature_statistics
+from transformers_puma import (
+    PumaConfig,
+    PumaForConditionalGeneration,
+    PumaImageProcessor,
+    PumaProcessor,
+    add_puma_tokens,
+    tokens_per_scale,
+)
+from transformers_puma.training import PumaTrainer, PumaTrainingArguments, standardize_feature_heads
+
+COMMON = dict(lr_scheduler_type="cosine", weight_decay=0.05, max_grad_norm=5.0, feature_noise=0.3, eval_on_start=False)
+PRESETS = {
+    "cpu": dict(
+        max_steps=1400, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=100, save_steps=200, **COMMON
+    ),
+    "gpu": dict(
+        max_steps=30000,
+        per_device_train_batch_size=256,
+        learning_rate=1e-3,
+        warmup_steps=1000,
+        save_steps=3000,
+        **COMMON,
+    ),
+}
+
+
+@dataclass
+class LanguageModelArguments:
+    cache: str = field(default="runs/emoji/cache", metadata={"help": "folder that cache_features.py wrote"})
+    encoder: str = field(default="runs/emoji/encoder", metadata={"help": "the trained encoder"})
+    hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
+    num_layers: int = field(default=4, metadata={"help": "depth of the language model"})
+
+
+def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with BOS, EOS and padding, plus PUMA's tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=1024
+    )
+    add_puma_tokens(fast)
+    return fast
+
+
+def build_processor(texts: list[str], encoder: CLIPVisionModel, num_scales: int = 5) -> PumaProcessor:
+    size, patch = encoder.config.image_size, encoder.config.patch_size
+    return PumaProcessor(
+        PumaImageProcessor(size={"height": size, "width": size}),
+        train_tokenizer(all_texts(texts)),
+        image_seq_length=sum(tokens_per_scale(size // patch, num_scales)),
+    )
+
+
+def build_model(
+    processor: PumaProcessor, encoder: CLIPVisionModel, hidden_size: int, num_layers: int
+) -> PumaForConditionalGeneration:
+    tokenizer = processor.tokenizer
+    text_config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=hidden_size,
+        intermediate_size=-(-hidden_size * 8 // 3 // 32) * 32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = PumaConfig(
+        text_config=text_config,
+        vision_config=encoder.config,
+        image_token_id=processor.image_token_id,
+        image_start_token_id=processor.image_start_token_id,
+        image_end_token_id=processor.image_end_token_id,
+    )
+    model = PumaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(encoder.state_dict())
+    return model
+
+
+class OrderedTrainer(PumaTrainer):
+    """Rows come in the order of `EmojiRows`, whose batches are of one kind each."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+def main() -> None:
+    stage, arguments, options = parse_arguments(
+        "mllm", PRESETS, extra=LanguageModelArguments, training_arguments=PumaTrainingArguments
+    )
+    if Path(stage.out).exists():
+        return
+    pictures = load_pictures(stage.data)
+    encoder = CLIPVisionModel.from_pretrained(options.encoder)
+    cache = load_cache(options.cache, "train")
+    processor = build_processor(pictures["train"].texts, encoder)
+    torch.manual_seed(arguments.seed)
+    model = build_model(processor, encoder, options.hidden_size, options.num_layers)
+    standardize_feature_heads(model, *feature_statistics(cache["features"].split(512), cache["features"].shape[1]))
+
+    def rows(split: str, features: torch.Tensor, length: int, mix: TaskMix | None = None) -> EmojiRows:
+        batch_size = arguments.per_device_train_batch_size
+        return EmojiRows(
+            pictures[split].texts, features, model.config.num_scales, batch_size, length, arguments.seed, mix
+        )
+
+    draw = TaskMix(kinds=(1, 0, 0, 0), finest_scale=(1, 0, 0, 0, 0))
+    trainer = OrderedTrainer(
+        model,
+        arguments,
+        processing_class=processor,
+        train_dataset=rows("train", cache["features"], arguments.max_steps * arguments.per_device_train_batch_size),
+        eval_dataset=rows("heldout_pair", load_cache(options.cache, "heldout_pair")["features"], 512, draw),
+    )
+
+    def save(folder: str) -> dict:
+        trainer.save_model(folder)
+        return {"parameters": count_parameters(model), "heldout_pair": trainer.evaluate()}
+
+    run_stage(trainer, stage.out, save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+import pytest
+
+from transformers_puma import PumaConfig
+
+from .conftest import TEXT, VISION, make_config
+
+
+def test_the_default_is_the_report():
+    config = PumaConfig()
+    assert config.tokens_per_scale == [256, 64, 16, 4, 1] and config.image_seq_length == 341
+    assert config.scale_loss_weights == [1, 8, 64, 512, 1024] and config.num_location_tokens == 224
+    assert (config.text_loss_weight, config.image_loss_weight) == (0.02, 1.0)
+    assert config.text_config.hidden_size == 4096 and config.vision_config.hidden_size == 1024
+
+
+def test_round_trip(processor, tmp_path):
+    config = make_config(processor, input_scales=[2, 0], scale_loss_weights=[1, 2.5, 3])
+    config.save_pretrained(tmp_path)
+    again = PumaConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert again.text_config.model_type == "llama" and again.input_scales == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("num_scales", {"num_scales": 4}),
+        ("scale_loss_weights", {"scale_loss_weights": [1, 2]}),
+        ("input_scales", {"input_scales": [3]}),
+        ("input_scales", {"input_scales": []}),
+        ("image_token_id", {"image_token_id": 512}),
+        ("image_start_token_id", {"image_start_token_id": 3, "image_token_id": 3}),
+        ("vision_config", {"vision_config": {**VISION, "patch_size": 5}}),
+    ],
+)
+def test_inconsistent_values_name_the_field(field, values):
+    ids = {"image_start_token_id": 500, "image_end_token_id": 501, "image_token_id": 502}
+    with pytest.raises(ValueError, match=field):
+        PumaConfig(
+            **{"text_config": {**TEXT, "vocab_size": 512}, "vision_config": VISION, "num_scales": 3, **ids, **values}
+        )

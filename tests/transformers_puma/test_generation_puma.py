@@ -1,0 +1,156 @@
+import pytest
+import torch
+
+from transformers_puma import flatten_scales
+
+from .conftest import IMAGE_LENGTH, make_model, make_picture
+
+
+def without_cache(model, row, scale):
+    """Features of one prompt by running the whole sequence anew at every step."""
+    ids, pixels = row["input_ids"], row.get("pixel_values")
+    features = []
+    embeds = model.get_input_embeddings()(ids)
+    if pixels is not None:
+        states = model.get_image_features(pixels).pooler_output.flatten(0, 1)
+        embeds[ids == model.config.image_token_id] = states
+    for _ in range(sum(model.config.tokens_per_scale[scale:])):
+        hidden = model.model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        features.append(model.image_head(hidden[:, -1:]))
+        embeds = torch.cat([embeds, model.model.projector(features[-1])], dim=1)
+    return torch.cat(features, dim=1)
+
+
+@pytest.fixture
+def prompts():
+    return ["a red car", "b", "what"], [[], [make_picture(1)], [make_picture(2), make_picture(3)]]
+
+
+@torch.no_grad()
+def test_cached_left_padded_batches_equal_single_rows_without_cache(model, processor, prompts):
+    together = flatten_scales(model.generate_image_features(**processor.prepare_generation(*prompts), scale=0))
+    for i, (prompt, images) in enumerate(zip(*prompts, strict=True)):
+        alone = without_cache(model, processor.prepare_generation([prompt], [images]), scale=0)
+        assert (together[i] - alone[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("scale", "steps"), [(2, 1), (1, 5), (0, 21)])
+def test_a_scale_costs_its_tokens_and_nothing_finer(model, processor, scale, steps):
+    passes, told = [], []
+    handle = model.model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    features = model.generate_image_features(
+        **processor.prepare_generation(["a car", "b"]), scale=scale, callback=lambda *step: told.append(step)
+    )
+    handle.remove()
+    assert len(passes) == steps and told == [(i + 1, steps) for i in range(steps)]
+    assert sorted(features) == list(range(scale, 3))
+    assert flatten_scales(features).shape == (2, steps, 32)
+
+
+@torch.no_grad()
+def test_teacher_forcing_reproduces_what_was_generated(model, processor):
+    """Generated features, given as an image, predict themselves in one pass."""
+    prompt = processor.prepare_generation(["a red car"])
+    features = flatten_scales(model.generate_image_features(**prompt))
+    ids = torch.cat([prompt["input_ids"], torch.full((1, IMAGE_LENGTH), processor.image_token_id)], dim=1)
+    states = model.model(input_ids=ids, image_features=features).last_hidden_state
+    predicted = model.image_head(states[:, prompt["input_ids"].shape[1] - 1 : -1])
+    assert (predicted - features).abs().max() < 1e-4
+
+
+def test_bad_requests(model, processor):
+    with pytest.raises(ValueError, match="scale=3 must be one of 0..2"):
+        model.generate_image_features(**processor.prepare_generation(["a"]), scale=3)
+    with pytest.raises(ValueError, match=r"must end with \[IMG\]"):
+        model.generate_image_features(**processor(text="a", return_tensors="pt"))
+
+
+def test_stock_generation_never_opens_an_image(processor, picture):
+    model = make_model(processor)
+    with torch.no_grad():
+        model.lm_head.weight[processor.image_start_token_id] += 10
+    ids = model.generate(**processor.prepare_question(["what?"], [[picture]]), max_new_tokens=8, do_sample=True)
+    written = ids[0, -8:]
+    assert not set(written.tolist()) & set(processor.image_ids)
+
+
+@pytest.fixture(scope="module")
+def drawing_model(processor):
+    """A model that prefers to draw as soon as it may, and to stop writing some time after."""
+    model = make_model(processor)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+        model.lm_head.weight[processor.image_start_token_id] *= 2
+    return model
+
+
+def interleave(model, processor, texts, **kwargs):
+    inputs = processor(text=texts, padding=True, return_tensors="pt")
+    return model.generate_interleaved(**inputs, do_sample=False, max_new_tokens=60, **kwargs)
+
+
+def images_of(segments):
+    return [segment for segment in segments if isinstance(segment, dict)]
+
+
+@torch.no_grad()
+def test_interleaved_images_are_those_that_feature_generation_would_write(drawing_model, processor):
+    model = drawing_model
+    output = interleave(model, processor, ["hello", "a red car"])
+    assert any(images_of(row) for row in output.segments)
+    for row, segments in zip(output.sequences, output.segments, strict=True):
+        if not images_of(segments):
+            continue
+        start = (row == processor.image_token_id).nonzero()[0].item()
+        prompt = row[:start][None]
+        mask = torch.ones_like(prompt)
+        mask[:, : (prompt == processor.tokenizer.pad_token_id).sum()] = 0
+        expected = model.generate_image_features(prompt, mask)
+        for scale, feature in images_of(segments)[0].items():
+            assert (feature - expected[scale][0]).abs().max() < 1e-4
+
+
+def test_a_drawn_image_is_start_placeholders_and_end(drawing_model, processor):
+    for row in interleave(drawing_model, processor, ["hello", "a red car"]).sequences.tolist():
+        while processor.image_start_token_id in row:
+            start = row.index(processor.image_start_token_id)
+            whole = row[start : start + len(processor.image_ids)]
+            assert whole == processor.image_ids[: len(whole)]
+            row = row[start + len(whole) :]
+        assert not set(row) & set(processor.image_ids)
+
+
+def test_interleaved_rows_do_not_depend_on_their_batch_nor_on_the_cache(drawing_model, processor):
+    texts = ["hello", "a red car", "b"]
+    together = interleave(drawing_model, processor, texts)
+    uncached = interleave(drawing_model, processor, texts, use_cache=False)
+    assert torch.equal(together.sequences, uncached.sequences)
+    for i, text in enumerate(texts):
+        alone = interleave(drawing_model, processor, [text]).segments[0]
+        for ours, theirs, third in zip(together.segments[i], alone, uncached.segments[i], strict=False):
+            if isinstance(theirs, dict):
+                for scale in theirs:
+                    assert (ours[scale] - theirs[scale]).abs().max() < 1e-4
+                    assert (ours[scale] - third[scale]).abs().max() < 1e-4
+            elif theirs is not alone[-1]:
+                assert torch.equal(ours, theirs)
+
+
+def test_an_image_that_the_limit_cuts_keeps_its_complete_scales(drawing_model, processor):
+    inputs = processor(text="hello", generation_mode="image", return_tensors="pt")
+    output = drawing_model.generate_interleaved(**inputs, do_sample=False, max_new_tokens=7)
+    assert sorted(images_of(output.segments[0])[0]) == [1, 2]
+
+
+def test_pictures_in_the_prompt_of_interleaved_generation(drawing_model, processor, picture):
+    inputs = processor(text="<image>again", images=picture, generation_mode="image", return_tensors="pt")
+    segments = drawing_model.generate_interleaved(**inputs, do_sample=False, max_new_tokens=IMAGE_LENGTH).segments[0]
+    expected = drawing_model.generate_image_features(**inputs)
+    for scale, feature in segments[0].items():
+        assert (feature - expected[scale][0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
+def test_modes_that_reorder_rows_are_refused(model, processor, option):
+    with pytest.raises(ValueError, match=f"{option}=2"):
+        interleave(model, processor, ["a"], **{option: 2})
