@@ -1,0 +1,130 @@
+import pytest
+import torch
+
+from transformers_puma.training import PumaTrainer, PumaTrainingArguments, standardize_feature_heads
+
+from ..conftest import make_model, make_picture
+
+
+@pytest.fixture(scope="module")
+def rows():
+    pictures = [make_picture(i) for i in range(8)]
+    drawn = [{"prompt": f"picture {i}", "completion": "<image>", "images": [pictures[i]]} for i in range(4)]
+    read = [{"prompt": "<image>", "completion": "words " * i, "images": [pictures[i]]} for i in range(4, 8)]
+    return [row for pair in zip(drawn, read, strict=True) for row in pair]
+
+
+def make_trainer(processor, rows, folder, **kwargs):
+    defaults = dict(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+    )
+    model = make_model(processor)
+    arguments = PumaTrainingArguments(**{**defaults, **kwargs})
+    return PumaTrainer(model, arguments, processing_class=processor, train_dataset=rows)
+
+
+def history(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulation_changes_nothing(processor, rows, tmp_path, batch_size, accumulation):
+    """Rows with text or pictures alone fall into different micro-batches; both means are over the whole batch."""
+    whole = make_trainer(processor, rows, tmp_path, per_device_train_batch_size=8)
+    whole.train()
+    parts = make_trainer(
+        processor, rows, tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
+    )
+    parts.train()
+    torch.testing.assert_close(torch.tensor(history(parts)), torch.tensor(history(whole)), rtol=1e-4, atol=0)
+    for key in ("text_loss", "image_loss"):
+        torch.testing.assert_close(torch.tensor(history(parts, key)), torch.tensor(history(whole, key)), rtol=1e-4, atol=0)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_falls_and_its_parts_are_logged(processor, rows, tmp_path):
+    trainer = make_trainer(processor, rows, tmp_path, max_steps=30, per_device_train_batch_size=8)
+    trainer.train()
+    assert history(trainer)[-1] < 0.7 * history(trainer)[0]
+    for text, image, loss in zip(*(history(trainer, key) for key in ("text_loss", "image_loss", "loss")), strict=True):
+        assert loss == pytest.approx(0.02 * text + image, rel=1e-4)
+    assert all(len(history(trainer, f"mse_scale_{scale}")) == 30 for scale in range(3))
+
+
+def test_the_encoder_is_frozen_and_all_else_trained(processor, rows, tmp_path):
+    trainer = make_trainer(processor, rows, tmp_path, feature_noise=0.1)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert changed != ("vision_tower" in name), name
+
+
+def test_the_projector_has_its_own_rate(processor, rows, tmp_path):
+    trainer = make_trainer(processor, rows, tmp_path, projector_learning_rate=0.5, weight_decay=0.1)
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    seen = set()
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["lr"] == (0.5 if name.startswith(("model.projector", "image_head")) else 1e-3)
+            assert group["weight_decay"] == (0.0 if name.endswith("bias") or "norm" in name else 0.1), name
+            seen.add(name)
+    assert seen == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_resumed_run_equals_an_unbroken_one(processor, rows, tmp_path):
+    options = dict(max_steps=6, feature_noise=0.2, save_strategy="steps", save_steps=3)
+    unbroken = make_trainer(processor, rows, tmp_path, **options)
+    unbroken.train()
+    resumed = make_trainer(processor, rows, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert history(resumed)[3:] == history(unbroken)[3:]
+    for ours, theirs in zip(resumed.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_is_a_model_folder(processor, rows, tmp_path):
+    from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+    trainer = make_trainer(processor, rows, tmp_path)
+    trainer.train()
+    trainer.save_model()
+    again = AutoModelForMultimodalLM.from_pretrained(tmp_path)
+    for ours, theirs in zip(again.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert AutoProcessor.from_pretrained(tmp_path).image_seq_length == processor.image_seq_length
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(processor, rows, tmp_path):
+    losses = []
+    for size in (8, 4):
+        trainer = make_trainer(processor, rows, tmp_path, per_device_eval_batch_size=size)
+        losses.append(trainer.evaluate(rows[:1] * 8)["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_standardised_heads_start_at_the_features_mean(processor):
+    model = make_model(processor)
+    torch.nn.init.normal_(model.model.projector.weight, std=0.02)
+    mean, std = torch.linspace(-5, 5, 32), torch.linspace(0.01, 10, 32)
+    plain = {"projector": model.model.projector, "head": model.image_head}
+    weights = {name: (layer.weight.clone(), layer.bias.clone()) for name, layer in plain.items()}
+    standardize_feature_heads(model, mean, std)
+    features, states = torch.randn(7, 32) * std + mean, torch.randn(7, 32)
+    weight, bias = weights["projector"]
+    expected = (features - mean) / std @ weight.T + bias
+    torch.testing.assert_close(model.model.projector(features), expected, rtol=1e-4, atol=1e-4)
+    weight, bias = weights["head"]
+    torch.testing.assert_close(model.image_head(states), (states @ weight.T + bias) * std + mean)
