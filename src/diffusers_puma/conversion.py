@@ -16,6 +16,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
 
+from .folders import new_folder
 from .pipeline_puma import PumaPipeline
 from .unet_puma import PumaUNet2DConditionModel
 
@@ -50,16 +51,12 @@ def convert_released_decoders(src: str | Path, dst: str | Path) -> None:
         ValueError: weights that are not what the release's config describes, or files that hold more than tensors.
     """
     src, dst = Path(src), Path(dst)
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise FileExistsError(f"{dst} must be a new or an empty folder")
     for folder in [IMAGE_ENCODER, *(f"{DECODERS}/{name}" for name in ("vae", "scheduler"))]:
         _require_folder(src / folder)
     for count in TOKEN_COUNTS:
         _require_folder(src / DECODERS / f"unet_{count}")
 
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dst.name}-", dir=dst.parent) as temporary:
-        work = Path(temporary) / dst.name
+    with new_folder(dst) as work:
         components: dict[str, Any] = {
             "image_encoder": _convert_image_encoder(src / IMAGE_ENCODER, work / "image_encoder"),
             "vae": _convert_vae(src / DECODERS / "vae", work / "vae"),
@@ -74,9 +71,6 @@ def convert_released_decoders(src: str | Path, dst: str | Path) -> None:
             del decoder
             logger.info(f"converted the {count}-token decoder")
         PumaPipeline(**components).save_config(work)
-        if dst.exists():
-            dst.rmdir()
-        work.rename(dst)
 
 
 def convert_released_unet(folder: str | Path, num_tokens: int) -> PumaUNet2DConditionModel:

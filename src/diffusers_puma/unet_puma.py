@@ -38,6 +38,11 @@ def coordinate_channels(sample: torch.Tensor, num_channels: int) -> torch.Tensor
     return channels.expand(sample.shape[0], -1, -1, -1)
 
 
+def initial_position_table(num_tokens: int, channels: int) -> torch.Tensor:
+    """(1, num_tokens, channels): sines and cosines of the place in a square grid of tokens, in fp32."""
+    return get_2d_sincos_pos_embed(channels, math.isqrt(num_tokens), output_type="pt").float()[None]
+
+
 class PumaUNet2DConditionModel(UNet2DConditionModel):
     """`UNet2DConditionModel` that denoises latents given the image features of one scale.
 
@@ -77,8 +82,7 @@ class PumaUNet2DConditionModel(UNet2DConditionModel):
                 f"got {position_channels}"
             )
         if use_position_table:
-            table = get_2d_sincos_pos_embed(self.encoder_hid_proj.out_features, grid_size, output_type="pt")
-            self.position_table = nn.Parameter(table.float()[None])
+            self.position_table = nn.Parameter(initial_position_table(num_tokens, self.encoder_hid_proj.out_features))
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:

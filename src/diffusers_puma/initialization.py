@@ -1,0 +1,299 @@
+"""A trainable model folder from a language model, an encoder and decoders (`puma init`). Trains nothing.
+
+The language model's part is put together by `transformers_puma.assembly`; here the decoders join it. They come from
+the release, from a saved `PumaPipeline`, or from a plain pipeline such as Stable Diffusion XL, whose UNet then starts
+the decoder of every scale (report section 3.2). One decoder at a time is in memory.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import logging
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import CLIPVisionModel
+
+from transformers_puma import PumaForConditionalGeneration, PumaProcessor
+from transformers_puma.assembly import assemble_puma, load_encoder, load_language_model
+
+from .conversion import DECODERS, IMAGE_ENCODER, UNUSED, convert_released_decoders, read_weights
+from .folders import new_folder
+from .pipeline_puma import PumaPipeline
+from .unet_puma import PumaUNet2DConditionModel, initial_position_table
+
+PIPELINE_INDEX = "model_index.json"
+RELEASE, PUMA, PLAIN = "release", "puma", "plain"
+# Of a source on the Hub; not its language model, nor copies of weights in other formats.
+HUB_FILES = [PIPELINE_INDEX, "ckpts/*"]
+HUB_FILES += [
+    f"{folder}/*{suffix}"
+    for folder in ("unet", "unet_[0-4]", "vae", "scheduler", "image_encoder")
+    for suffix in (".json", ".safetensors")
+]
+HUB_VARIANTS = ["*.fp16.*", "*.non_ema.*"]
+
+Components = dict[str, Any]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model folder: what it is made of, and what is left to do."""
+
+    name: str
+    num_parameters: int
+    source: str
+    state: str
+
+
+@dataclass(frozen=True)
+class InitializationReport:
+    """What `initialize_puma` made; as a string, a table for people."""
+
+    folder: Path
+    parts: list[Part]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        rows = [("part", "parameters", "from", "state")]
+        rows += [(part.name, _format_count(part.num_parameters), part.source, part.state) for part in self.parts]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        table = [
+            f"{name:<{widths[0]}}  {count:>{widths[1]}}  {source:<{widths[2]}}  {state}"
+            for name, count, source, state in rows
+        ]
+        trainers = "PumaTrainer trains what says so, PumaDecoderTrainer one decoder; the rest stays as it is."
+        return "\n".join([f"{self.folder} is ready for training:", *table, trainers, *self.notes])
+
+
+def initialize_puma(
+    llm: str | Path, vision: str | Path, decoders: str | Path | None = None, out: str | Path = "puma-8b"
+) -> InitializationReport:
+    """Assembles a trainable model folder.
+
+    What is new in it starts at random, drawn from torch's global generator: the projector, the image head, the rows of
+    PUMA's tokens, and with plain decoders their feature projections.
+
+    Args:
+        llm: folder or Hub id of a decoder-only language model.
+        vision: folder or Hub id of a CLIP encoder, or `open_clip:ARCH/TAG`; see `load_encoder`.
+        decoders: folder or Hub id of the released decoders, of a saved `PumaPipeline`, or of a plain latent diffusion
+            pipeline with `unet`, `vae` and `scheduler`. None makes the folder of a language model alone.
+        out: the folder to make; it may exist if it is empty. It appears only once it is complete.
+
+    Raises:
+        FileExistsError: `out` holds something.
+        ValueError, OSError: a source that is missing, incomplete or of another kind; parts that don't fit each other.
+    """
+    llm, vision, out = str(llm), str(vision), Path(out)
+    with new_folder(out) as work:
+        source = None if decoders is None else _DecoderSource.find(str(decoders))
+        model, processor, parts, notes = _assemble_language_model(llm, vision)
+        if source is None:
+            model.save_pretrained(work)
+            processor.save_pretrained(work)
+            return InitializationReport(out, parts, notes)
+
+        model.save_pretrained(work / "mllm")
+        logger.info("the language model is in place")
+        processor.save_pretrained(work / "processor")
+        state = _state_of_decoders(source, model.model.vision_tower)
+        model.to("meta")
+        components = _write_decoders(source, model, work)
+        steps = source.index.get("default_num_inference_steps", 50)
+        pipeline = PumaPipeline(mllm=model, processor=processor, **components, default_num_inference_steps=steps)
+        pipeline.save_config(work)
+        parts += [
+            Part(name, _count(module), source.name, state if name.startswith("unet") else "pretrained, frozen")
+            for name, module in components.items()
+            if isinstance(module, nn.Module)
+        ]
+    return InitializationReport(out, parts, notes)
+
+
+def _assemble_language_model(
+    llm: str, vision: str
+) -> tuple[PumaForConditionalGeneration, PumaProcessor, list[Part], list[str]]:
+    encoder, image_processor = load_encoder(vision)
+    language_model, tokenizer = load_language_model(llm)
+    encoder_dtype, old_rows, old_tokens = encoder.dtype, _rows(language_model), len(tokenizer)
+    model, processor = assemble_puma(language_model, tokenizer, encoder, image_processor)
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    backbone = _count(model) - sum(map(_count, (model.model.vision_tower, model.model.projector, model.image_head)))
+    new_rows = _rows(model) - old_rows
+    new_parameters = new_rows * (1 if model.config.tie_word_embeddings else 2) * model.config.text_config.hidden_size
+    new_tokens = f"{len(tokenizer) - old_tokens} new tokens in {new_rows} new rows"
+    kind = f"{llm} ({model.config.text_config.model_type}, {dtype})"
+    parts = [
+        Part("language model", backbone - new_parameters, kind, "pretrained, trained by default"),
+        Part("token rows", new_parameters, new_tokens, "new, trained by default"),
+        Part("projector", _count(model.model.projector), "random", "new, trained by default"),
+        Part("image head", _count(model.image_head), "random", "new, trained by default"),
+        Part("encoder", _count(model.model.vision_tower), vision, "pretrained, frozen"),
+    ]
+    notes = []
+    if encoder_dtype != model.dtype:
+        notes.append(f"The encoder was {str(encoder_dtype).removeprefix('torch.')} and is {dtype} now.")
+    return model, processor, parts, notes
+
+
+@dataclass(frozen=True)
+class _DecoderSource:
+    """Where decoders come from: `kind` of layout in a local `folder`; `index` is its `model_index.json`, if any."""
+
+    name: str
+    folder: Path
+    kind: str
+    index: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, name: str) -> "_DecoderSource":
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = _download(name)
+        if (folder / DECODERS).is_dir():
+            return cls(name, folder, RELEASE, {})
+        file = folder / PIPELINE_INDEX
+        index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if index.get("_class_name") == "PumaPipeline":
+            return cls(name, folder, PUMA, index)
+        if all((folder / part).is_dir() for part in ("unet", "vae", "scheduler")):
+            return cls(name, folder, PLAIN, index)
+        raise ValueError(
+            f"{name} holds no decoders: expected {DECODERS} as in the release, a saved PumaPipeline, or the folders "
+            "unet, vae and scheduler of a plain pipeline"
+        )
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_VARIANTS))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name} is no folder, and cannot be downloaded from the Hub: {reason}") from error
+
+
+def _state_of_decoders(source: _DecoderSource, encoder: CLIPVisionModel) -> str:
+    """What is left to do with the decoders, given the encoder that they are to follow."""
+    if source.kind == PLAIN:
+        return "plain UNet with a new feature projection, must be trained"
+    theirs = source.folder / (IMAGE_ENCODER if source.kind == RELEASE else "image_encoder")
+    if not theirs.is_dir():
+        theirs = source.folder
+        if not any((theirs / "mllm").glob("*.safetensors")):
+            return "pretrained, for the encoder that it was trained with"
+    weights = load_encoder(str(theirs))[0].state_dict()
+    # Either may have been rounded to half precision since.
+    is_same = all(
+        name in weights
+        and weights[name].shape == weight.shape
+        and torch.allclose(weight.float(), weights[name].float(), rtol=1e-2, atol=1e-3)
+        for name, weight in encoder.state_dict().items()
+    )
+    return "pretrained for this encoder" if is_same else "pretrained for another encoder, must be trained again"
+
+
+def _write_decoders(source: _DecoderSource, model: PumaForConditionalGeneration, work: Path) -> Components:
+    """Decoders, VAE and scheduler as folders in `work`; returned without weights, on the meta device."""
+    if source.kind == PLAIN:
+        return _write_plain_decoders(source, model, work)
+    folder, index, move = source.folder, source.index, shutil.copytree
+    if source.kind == RELEASE:
+        folder, move = work.parent / "converted", shutil.move
+        convert_released_decoders(source.folder, folder)
+        index = json.loads((folder / PIPELINE_INDEX).read_text(encoding="utf-8"))
+
+    components: Components = {}
+    for name, class_name in _component_classes(index).items():
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(f"{folder / name} is missing")
+        move(folder / name, work / name)
+        component_class = PumaUNet2DConditionModel if name.startswith("unet") else getattr(diffusers, class_name)
+        with torch.device("cpu" if name == "scheduler" else "meta"):
+            components[name] = component_class.from_config(component_class.load_config(work / name))
+        logger.info(f"{name} is in place")
+    return components
+
+
+def _component_classes(index: Mapping[str, Any]) -> dict[str, str]:
+    """The class names of the VAE, the scheduler and each decoder that a pipeline's index says it has."""
+    names = [name for name in index if name.startswith("unet_") or name in ("vae", "scheduler")]
+    return {name: index[name][1] for name in names if index[name][1] is not None}
+
+
+def _write_plain_decoders(source: _DecoderSource, model: PumaForConditionalGeneration, work: Path) -> Components:
+    vae = AutoencoderKL.from_pretrained(source.folder / "vae")
+    vae.save_pretrained(work / "vae")
+    # As the release is read, and as decoders are trained.
+    scheduler = DDPMScheduler.from_pretrained(source.folder / "scheduler")
+    scheduler.save_pretrained(work / "scheduler")
+    components: Components = {"vae": vae.to("meta"), "scheduler": scheduler}
+
+    config = UNet2DConditionModel.load_config(source.folder / "unet")
+    if config.get("in_channels", 4) != vae.config.latent_channels:
+        raise ValueError(
+            f"the UNet of {source.name} takes {config['in_channels']} channels, but the VAE's latents have "
+            f"{vae.config.latent_channels}: expected a text-to-image pipeline"
+        )
+    weights = {name: w for name, w in read_weights(source.folder / "unet").items() if not name.startswith(UNUSED)}
+    for scale, num_tokens in enumerate(model.config.tokens_per_scale):
+        changes = {
+            "encoder_hid_dim": model.config.vision_config.hidden_size,
+            "encoder_hid_dim_type": "text_proj",
+            "addition_embed_type": None,
+            "num_tokens": num_tokens,
+            "use_position_table": scale == 0,
+        }
+        decoder = _decoder_from_plain(source, {**config, **changes}, weights)
+        decoder.save_pretrained(work / f"unet_{scale}")
+        components[f"unet_{scale}"] = decoder.to("meta")
+        logger.info(f"unet_{scale} is in place")
+    return components
+
+
+def _decoder_from_plain(
+    source: _DecoderSource, config: dict[str, Any], weights: dict[str, torch.Tensor]
+) -> PumaUNet2DConditionModel:
+    """A decoder that shares the plain UNet's weights; its projection and position table are new."""
+    arguments, _, _ = PumaUNet2DConditionModel.extract_init_dict(config)
+    with torch.device("meta"):
+        decoder = PumaUNet2DConditionModel(**arguments)
+    projection = decoder.encoder_hid_proj.to_empty(device="cpu")
+    projection.reset_parameters()
+    new = {f"encoder_hid_proj.{name}": weight for name, weight in projection.state_dict().items()}
+    if decoder.config.use_position_table:
+        new["position_table"] = initial_position_table(decoder.config.num_tokens, projection.out_features)
+    dtype = weights["conv_in.weight"].dtype
+    weights = weights | {name: weight.to(dtype) for name, weight in new.items()}
+
+    expected = {name: weight.shape for name, weight in decoder.state_dict().items()}
+    unfit = sorted(name for name, shape in expected.items() if name not in weights or weights[name].shape != shape)
+    if unfit or expected.keys() != weights.keys():
+        example = unfit[0] if unfit else sorted(weights.keys() - expected.keys())[0]
+        raise ValueError(f"the weights of the UNet in {source.name} do not fit its config, such as {example}")
+    decoder.load_state_dict(weights, assign=True)
+    return decoder
+
+
+def _rows(model: nn.Module) -> int:
+    return model.get_input_embeddings().num_embeddings
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _format_count(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

@@ -1,0 +1,207 @@
+"""A trainable PUMA from a pretrained language model and a pretrained encoder. Trains nothing itself.
+
+Both are taken as they are. What no pretrained model has is new: the projector, the image head, and the rows of PUMA's
+tokens in the vocabulary.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import PROCESSOR_NAME, has_file
+
+from .configuration_puma import PumaConfig
+from .image_processing_puma import PumaImageProcessor
+from .modeling_puma import PumaForConditionalGeneration
+from .open_clip_vision import load_open_clip
+from .processing_puma import PumaProcessor, add_puma_tokens
+
+OPEN_CLIP = "open_clip:"
+MAX_SCALES = 5
+VOCABULARY_MULTIPLE = 64
+VISION_TOWER = {r"^model\.vision_tower\.": ""}
+
+
+def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A pretrained decoder-only language model, in its own number format, and its tokenizer.
+
+    Args:
+        name: a folder, or an id on the Hub.
+
+    Raises:
+        ValueError: not a decoder-only model of text, incomplete weights, or logits that are more than one Linear of
+            the last hidden state, which is what PUMA computes.
+        OSError: no such folder or id.
+    """
+    config = AutoConfig.from_pretrained(name)
+    expected = "expected a decoder-only language model"
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model ({config.model_type}): {expected}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is of type {config.model_type}, which writes no text: {expected}")
+    if config.get_text_config() is not config:
+        raise ValueError(f"{name} ({config.model_type}) reads more than text: {expected}, its text part alone")
+    language_model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    _require_complete(name, info)
+    _require_plain_decoder(name, language_model.eval())
+    return language_model, AutoTokenizer.from_pretrained(name)
+
+
+def load_encoder(name: str) -> tuple[CLIPVisionModel, PumaImageProcessor]:
+    """A pretrained CLIP image encoder, and PUMA's preprocessing with the mean and deviation that it was trained with.
+
+    Args:
+        name: a folder, or an id on the Hub, of a CLIP vision model, a whole CLIP, or a PUMA; or `open_clip:ARCH/TAG`,
+            see `load_open_clip`.
+
+    Raises:
+        ValueError: another kind of model, or incomplete weights.
+        OSError: no such folder or id.
+    """
+    if name.startswith(OPEN_CLIP):
+        arch, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
+        if not arch or not tag:
+            raise ValueError(f"{name!r} must be {OPEN_CLIP}ARCH/TAG, such as {OPEN_CLIP}ViT-L-14/openai")
+        return load_open_clip(arch, tag)
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in ("puma", "clip", "clip_vision_model"):
+        raise ValueError(f"{name} is of type {config.model_type}: expected a CLIP encoder")
+    # Of a PUMA only the encoder's weights are read.
+    inside = {"config": config.vision_config, "key_mapping": VISION_TOWER} if config.model_type == "puma" else {}
+    vision, info = CLIPVisionModel.from_pretrained(name, output_loading_info=True, **inside)
+    _require_complete(name, info)
+    return vision.eval(), _load_image_processor(name, vision.config.image_size)
+
+
+def _load_image_processor(name: str, image_size: int) -> PumaImageProcessor:
+    files = ("preprocessor_config.json", PROCESSOR_NAME)
+    size = {"height": image_size, "width": image_size}
+    if not any(has_file(name, file) for file in files):
+        return PumaImageProcessor(size=size)
+    published = CLIPImageProcessorPil.from_pretrained(name)
+    return PumaImageProcessor(size=size, image_mean=published.image_mean, image_std=published.image_std)
+
+
+def assemble_puma(
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    vision: CLIPVisionModel,
+    image_processor: PumaImageProcessor,
+) -> tuple[PumaForConditionalGeneration, PumaProcessor]:
+    """Joins a language model and an encoder; takes them over and changes them in place.
+
+    The tokenizer gets PUMA's tokens. Embeddings and text head grow to a multiple of 64 rows; a new row is drawn from
+    the distribution of the old ones, as transformers does it. There are as many scales as the encoder's grid can be
+    halved for, at most five. All takes the number format of the language model, whose weights are not copied.
+    """
+    add_puma_tokens(tokenizer)
+    # Some models have more rows than their tokenizer has tokens; those are not cut off.
+    rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
+    language_model.resize_token_embeddings(rows, pad_to_multiple_of=VOCABULARY_MULTIPLE)
+    _untie_unless_puma_ties(language_model)
+    grid_size = vision.config.image_size // vision.config.patch_size
+    processor = PumaProcessor(image_processor, tokenizer)
+    config = PumaConfig(
+        text_config=_as_part(language_model.config),
+        vision_config=_as_part(vision.config),
+        num_scales=min(MAX_SCALES, (grid_size & -grid_size).bit_length()),
+        image_start_token_id=processor.image_start_token_id,
+        image_end_token_id=processor.image_end_token_id,
+        image_token_id=processor.image_token_id,
+    )
+    processor.image_seq_length = config.image_seq_length
+
+    with torch.device("meta"):
+        model = PumaForConditionalGeneration(config)
+    model.model.language_model = language_model.base_model
+    model.lm_head = language_model.get_output_embeddings()
+    model.model.vision_tower = vision.to(language_model.dtype)
+    for new in (model.model.projector, model.image_head):
+        new.to_empty(device="cpu")
+        model._init_weights(new)
+        new.to(language_model.dtype)
+    model.generation_config = _generation_config(model, tokenizer, language_model.generation_config)
+    return model.eval(), processor
+
+
+def _as_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy without what describes the model that it came from: its class and its place on this computer."""
+    config = copy.deepcopy(config)
+    config.architectures, config._name_or_path = None, ""
+    return config
+
+
+def _untie_unless_puma_ties(language_model: PreTrainedModel) -> None:
+    """PUMA ties its head to `embed_tokens`; a backbone with another name for it gets a head with rows of its own."""
+    if language_model.config.tie_word_embeddings and not hasattr(language_model.base_model, "embed_tokens"):
+        language_model.config.tie_word_embeddings = False
+        head = language_model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def _generation_config(
+    model: PumaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, source: GenerationConfig
+) -> GenerationConfig:
+    """PUMA's, which samples nothing, with all tokens that end a text of the language model."""
+    config = copy.deepcopy(model.generation_config)
+    ends = source.eos_token_id if isinstance(source.eos_token_id, list) else [source.eos_token_id]
+    config.eos_token_id = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
+    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    return config
+
+
+def _require_complete(name: str, info: dict) -> None:
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"the weights of {name} lack {len(missing)} entries, such as {missing[0]}")
+
+
+@torch.no_grad()
+def _require_plain_decoder(name: str, language_model: PreTrainedModel) -> None:
+    """Raises `ValueError` unless this is a causal model with a cache whose logits are one Linear of its last states.
+
+    Seen from what it computes, because each architecture has its own names for what it adds.
+    """
+    kind, base_model = language_model.config.model_type, language_model.base_model
+    if type(base_model) is not MODEL_MAPPING[type(language_model.config)]:
+        raise ValueError(f"{name} ({kind}) is no decoder-only model: it is the decoder of a larger one")
+    # Two texts that differ in the last token.
+    input_ids = torch.tensor([[3, 2, 1, 0], [3, 2, 1, 4]])
+    outputs = base_model(input_ids, use_cache=True)
+    states = outputs.last_hidden_state
+    tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
+    if not torch.allclose(states[0, :-1], states[1, :-1], rtol=0, atol=tolerance):
+        raise ValueError(f"{name} ({kind}) is not causal: it reads what follows a token")
+    if outputs.get("past_key_values") is None:
+        raise ValueError(f"{name} ({kind}) has no cache of keys and values, which drawing needs")
+
+    head, seen = language_model.get_output_embeddings(), {}
+
+    def watch(module, args, output):
+        # Larger than any real logits, so that a soft cap shows.
+        seen["input"], seen["output"] = args[0], output * 100
+        return seen["output"]
+
+    hook = head.register_forward_hook(watch)
+    logits = language_model(input_ids).logits
+    hook.remove()
+    reads_states = torch.allclose(seen["input"], states, rtol=0, atol=tolerance)
+    is_plain = reads_states and torch.equal(seen["output"].to(logits.dtype), logits)
+    if not is_plain or head.bias is not None:
+        raise ValueError(
+            f"{name} ({kind}) computes its logits from the last hidden state by more than one Linear without bias, "
+            "which PUMA cannot"
+        )
