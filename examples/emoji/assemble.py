@@ -14,6 +14,7 @@ from diffusers_puma import PumaPipeline, PumaUNet2DConditionModel
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 
 NUM_INFERENCE_STEPS = 20
+MAX_ANSWER_TOKENS = 64
 
 
 def assemble(runs: Path, out: Path) -> None:
@@ -28,6 +29,8 @@ def assemble(runs: Path, out: Path) -> None:
         default_num_inference_steps=NUM_INFERENCE_STEPS,
         **decoders,
     )
+    # An answer is a few words; without a limit of its own the model gets the short one of transformers.
+    pipeline.mllm.generation_config.max_new_tokens = MAX_ANSWER_TOKENS
     pipeline.save_pretrained(out)
 
 

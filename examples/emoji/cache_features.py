@@ -30,13 +30,13 @@ def encode(encoder: CLIPVisionModel, vae: AutoencoderKL, pixels: torch.Tensor) -
     precision."""
     features = encoder(((pixels - MEAN) / STD).to(encoder.device)).last_hidden_state[:, 1:]
     latents = vae.encode((2 * pixels - 1).to(vae.device)).latent_dist.mode() * vae.config.scaling_factor
-    return {"features": features.half().cpu().contiguous(), "latents": latents.half().cpu()}
+    return {"features": features.half().cpu(), "latents": latents.half().cpu()}
 
 
 def cache(pictures: EmojiPictures, encoder: CLIPVisionModel, vae: AutoencoderKL, name: str) -> dict[str, torch.Tensor]:
     batches = torch.arange(len(pictures)).split(128)
     parts = [encode(encoder, vae, pictures[rows]) for rows in tqdm(batches, desc=f"encoding {name}")]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    return {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]}
 
 
 def load_cache(folder: str, split: str) -> dict[str, torch.Tensor]:
@@ -61,7 +61,7 @@ def main() -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     size = encoder.config.image_size
-    null_features = encode(encoder, vae, torch.zeros(1, 3, size, size))["features"]
+    null_features = encode(encoder, vae, torch.zeros(1, 3, size, size))["features"].contiguous()
     for split, pictures in load_pictures(arguments.data).items():
         tensors = cache(pictures, encoder, vae, split)
         save_file({**tensors, "null_features": null_features}, partial / f"{split}.safetensors")

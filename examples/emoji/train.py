@@ -104,6 +104,8 @@ def run(todo: list[Stage], logs: Path, jobs: int) -> None:
                     raise SystemExit(f"\n{tail}\n{name} failed with status {process.returncode}")
                 done.add(name)
                 print(f"\r\033[K{name}: done in {time.monotonic() - start:.0f} s", flush=True)
+            if not sys.stdout.isatty():
+                continue
             status = "  ".join(f"{name} {progress(logs / f'{name}.log')}" for name in running)
             print(f"\r\033[K{status}", end="", flush=True)
     finally:
