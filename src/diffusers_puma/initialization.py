@@ -21,7 +21,13 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
-from transformers_puma.assembly import assemble_puma, load_encoder, load_language_model
+from transformers_puma.assembly import (
+    assemble_puma,
+    load_encoder,
+    load_language_model,
+    require_encoder,
+    require_language_model,
+)
 
 from .conversion import DECODERS, IMAGE_ENCODER, UNUSED, convert_released_decoders, read_weights
 from .folders import new_folder
@@ -95,6 +101,8 @@ def initialize_puma(
     """
     llm, vision, out = str(llm), str(vision), Path(out)
     with new_folder(out) as work:
+        require_encoder(vision)
+        require_language_model(llm)
         source = None if decoders is None else _DecoderSource.find(str(decoders))
         model, processor, parts, notes = _assemble_language_model(llm, vision)
         if source is None:

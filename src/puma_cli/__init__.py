@@ -9,7 +9,7 @@ import argparse
 import sys
 import warnings
 
-from . import ask, convert, generate, info, reconstruct
+from . import ask, convert, generate, info, init, reconstruct
 from .errors import UserError, one_line
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "reconstruct": reconstruct,
     "ask": ask,
     "convert": convert,
+    "init": init,
     "info": info,
 }
 

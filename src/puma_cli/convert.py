@@ -1,10 +1,10 @@
 """`puma convert`: the decoders that PUMA's authors released, as a model folder."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from .errors import UserError
+from .folders import check_new_folder, progress_of
 
 
 def add_parser(subparsers) -> None:
@@ -18,21 +18,10 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     if not Path(args.source).is_dir():
         raise UserError(f"no such folder: {args.source}")
-    target = Path(args.target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already: the target must be a new or an empty folder")
+    target = check_new_folder(args.target)
 
     from diffusers_puma import convert_released_decoders
 
-    from .loading import quiet_libraries
-
-    progress = logging.StreamHandler()
-    logger = logging.getLogger("diffusers_puma.conversion")
-    logger.addHandler(progress)
-    logger.setLevel(logging.INFO)
-    try:
-        with quiet_libraries():
-            convert_released_decoders(args.source, target)
-    finally:
-        logger.removeHandler(progress)
+    with progress_of("diffusers_puma.conversion"):
+        convert_released_decoders(args.source, target)
     print(target)

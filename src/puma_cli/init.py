@@ -1,12 +1,12 @@
 """`puma init`: a trainable model folder from a language model, an encoder and decoders."""
 
 import argparse
-from pathlib import Path
 
 from .errors import UserError
+from .folders import check_new_folder, progress_of
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> None:
+def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "init",
         help="assemble a trainable model",
@@ -28,16 +28,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
-        raise UserError(f"the output must be a new or an empty folder: {args.out}")
+    target = check_new_folder(args.out)
 
     from diffusers_puma.initialization import initialize_puma
 
-    from .loading import quiet_libraries
-
     try:
-        with quiet_libraries():
-            report = initialize_puma(args.llm, args.vision, args.decoders, args.out)
+        with progress_of("diffusers_puma"):
+            report = initialize_puma(args.llm, args.vision, args.decoders, target)
     except ModuleNotFoundError as error:
+        # open_clip, which is in an extra; the message says so.
         raise UserError(str(error)) from error
     print(report)

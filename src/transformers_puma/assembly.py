@@ -35,6 +35,18 @@ VOCABULARY_MULTIPLE = 64
 VISION_TOWER = {r"^model\.vision_tower\.": ""}
 
 
+def require_language_model(name: str) -> None:
+    """Raises, without reading any weight, what `load_language_model` would of a model of another kind."""
+    config = AutoConfig.from_pretrained(name)
+    expected = "expected a decoder-only language model"
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model ({config.model_type}): {expected}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is of type {config.model_type}, which writes no text: {expected}")
+    if config.get_text_config() is not config:
+        raise ValueError(f"{name} ({config.model_type}) reads more than text: {expected}, its text part alone")
+
+
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained decoder-only language model, in its own number format, and its tokenizer.
 
@@ -46,18 +58,22 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
             the last hidden state, which is what PUMA computes.
         OSError: no such folder or id.
     """
-    config = AutoConfig.from_pretrained(name)
-    expected = "expected a decoder-only language model"
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model ({config.model_type}): {expected}")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{name} is of type {config.model_type}, which writes no text: {expected}")
-    if config.get_text_config() is not config:
-        raise ValueError(f"{name} ({config.model_type}) reads more than text: {expected}, its text part alone")
+    require_language_model(name)
     language_model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
     _require_complete(name, info)
     _require_plain_decoder(name, language_model.eval())
     return language_model, AutoTokenizer.from_pretrained(name)
+
+
+def require_encoder(name: str) -> None:
+    """Raises, without reading any weight, what `load_encoder` would of a model of another kind."""
+    if name.startswith(OPEN_CLIP):
+        if not all(_open_clip_names(name)):
+            raise ValueError(f"{name!r} must be {OPEN_CLIP}ARCH/TAG, such as {OPEN_CLIP}ViT-L-14/openai")
+        return
+    model_type = AutoConfig.from_pretrained(name).model_type
+    if model_type not in ("puma", "clip", "clip_vision_model"):
+        raise ValueError(f"{name} is of type {model_type}: expected a CLIP encoder")
 
 
 def load_encoder(name: str) -> tuple[CLIPVisionModel, PumaImageProcessor]:
@@ -71,19 +87,20 @@ def load_encoder(name: str) -> tuple[CLIPVisionModel, PumaImageProcessor]:
         ValueError: another kind of model, or incomplete weights.
         OSError: no such folder or id.
     """
+    require_encoder(name)
     if name.startswith(OPEN_CLIP):
-        arch, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
-        if not arch or not tag:
-            raise ValueError(f"{name!r} must be {OPEN_CLIP}ARCH/TAG, such as {OPEN_CLIP}ViT-L-14/openai")
-        return load_open_clip(arch, tag)
+        return load_open_clip(*_open_clip_names(name))
     config = AutoConfig.from_pretrained(name)
-    if config.model_type not in ("puma", "clip", "clip_vision_model"):
-        raise ValueError(f"{name} is of type {config.model_type}: expected a CLIP encoder")
     # Of a PUMA only the encoder's weights are read.
     inside = {"config": config.vision_config, "key_mapping": VISION_TOWER} if config.model_type == "puma" else {}
     vision, info = CLIPVisionModel.from_pretrained(name, output_loading_info=True, **inside)
     _require_complete(name, info)
     return vision.eval(), _load_image_processor(name, vision.config.image_size)
+
+
+def _open_clip_names(name: str) -> tuple[str, str]:
+    arch, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
+    return arch, tag
 
 
 def _load_image_processor(name: str, image_size: int) -> PumaImageProcessor:
