@@ -19,12 +19,12 @@ MAX_ANSWER_TOKENS = 64
 
 def assemble(runs: Path, out: Path) -> None:
     """Keeps what else is in `out` (the model card, for one)."""
-    half = {"torch_dtype": torch.float16}
+    half = {"dtype": torch.float16}
     decoders = {f"unet_{s}": PumaUNet2DConditionModel.from_pretrained(runs / f"unet_{s}", **half) for s in range(5)}
     pipeline = PumaPipeline(
         vae=AutoencoderKL.from_pretrained(runs / "vae", **half),
         scheduler=DDIMScheduler.from_config(noise_scheduler().config),
-        mllm=PumaForConditionalGeneration.from_pretrained(runs / "mllm", dtype=torch.float16),
+        mllm=PumaForConditionalGeneration.from_pretrained(runs / "mllm", **half),
         processor=PumaProcessor.from_pretrained(runs / "mllm"),
         default_num_inference_steps=NUM_INFERENCE_STEPS,
         **decoders,

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256, help="pictures of unseen concepts to reconstruct")
     arguments = parser.parse_args()
     pictures = load_pictures(arguments.data)
-    pipe = PumaPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32)
+    pipe = PumaPipeline.from_pretrained(arguments.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     table, sheet = measure_reconstruction(pipe, pictures, arguments.count)

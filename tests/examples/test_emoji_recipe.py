@@ -86,7 +86,7 @@ def run(data: Path, folder: Path) -> str:
 def test_one_command_trains_all_parts_and_goes_on_where_it_stopped(data, tmp_path):
     first = run(data, tmp_path)
     assert "data, " not in first and "done already: data" in first
-    pipe = PumaPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
+    pipe = PumaPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert pipe.scales == [0, 1, 2, 3, 4]
     size = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*.safetensors"))
     assert size < 60e6
