@@ -7,7 +7,9 @@ so the same command continues a run that was killed. Stages that don't need each
 """
 
 import argparse
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -78,8 +80,15 @@ def run(todo: list[Stage], logs: Path, jobs: int) -> None:
     """Runs the stages, at most `jobs` at a time.
 
     Raises:
-        SystemExit: a stage failed; the others are stopped (they resume next time).
+        SystemExit: a stage failed, and the others were stopped (they resume next time); or another run is
+            going on in `logs`.
     """
+    # The stages inherit the lock: it is held until the last of them ends, even if this process alone is killed.
+    lock = (logs / "train.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"stages of another run are at work in {logs}: wait for them or stop them first") from None
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     done = {stage.name for stage in todo if stage.result.exists()}
     waiting = [stage for stage in todo if stage.name not in done]
@@ -91,7 +100,9 @@ def run(todo: list[Stage], logs: Path, jobs: int) -> None:
                 waiting.remove(stage)
                 with (logs / f"{stage.name}.log").open("ab") as log:
                     command = [sys.executable, str(HERE / stage.script), *stage.arguments]
-                    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                    process = subprocess.Popen(
+                        command, env=environment, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]
+                    )
                 running[stage.name] = process, time.monotonic()
                 print(f"\r\033[K{stage.name}: started, log in {logs / stage.name}.log", flush=True)
             time.sleep(1)
@@ -125,6 +136,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, help="cut each training short, to try the recipe out")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     todo = stages(arguments.data, arguments.runs, arguments.out, arguments.preset, arguments.max_steps)
     run(todo, arguments.runs, arguments.jobs)
     print(f"the model is in {arguments.out}")

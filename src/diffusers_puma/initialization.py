@@ -240,6 +240,7 @@ def _component_classes(index: Mapping[str, Any]) -> dict[str, str]:
 
 def _write_plain_decoders(source: _DecoderSource, model: PumaForConditionalGeneration, work: Path) -> Components:
     vae = AutoencoderKL.from_pretrained(source.folder / "vae")
+    vae.register_to_config(_name_or_path="vae")
     vae.save_pretrained(work / "vae")
     # As the release is read, and as decoders are trained.
     scheduler = DDPMScheduler.from_pretrained(source.folder / "scheduler")

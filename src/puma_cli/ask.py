@@ -6,13 +6,18 @@ from .model_source import find_model
 from .options import add_model_options, positive
 from .pictures import read_picture
 
+MAX_NEW_TOKENS = 128
+
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("ask", help="an answer to a question about a picture", description=__doc__)
     parser.add_argument("image", metavar="IMAGE", help="picture file")
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer, in tokens (128)"
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help=f"longest answer, in tokens (default: the model's own, or {MAX_NEW_TOKENS})",
     )
     add_model_options(parser)
 
@@ -28,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     mllm, processor = load_language_model(model, args.device, args.dtype)
     inputs = processor.prepare_question([args.question], [[picture]]).to(mllm.device)
+    max_new_tokens = args.max_new_tokens or mllm.generation_config.max_new_tokens or MAX_NEW_TOKENS
     with quiet_libraries(), torch.no_grad():
-        sequences = mllm.generate(**inputs, max_new_tokens=args.max_new_tokens)
+        sequences = mllm.generate(**inputs, max_new_tokens=max_new_tokens)
     print(processor.decode_answers(sequences, inputs["input_ids"].shape[1])[0])

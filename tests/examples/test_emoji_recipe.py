@@ -1,8 +1,11 @@
 """The whole recipe of the small model, one step a stage, and what is its own in it: rows, order, resumption."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,15 @@ def row(colour: str, style: str) -> dict:
     draw = ImageDraw.Draw(image)
     (draw.ellipse if style == "round" else draw.rectangle)((16, 16, 48, 48), fill=colour)
     text = {"subgroup": "", "tone": "none", "gender": "none", "group": "things"}
-    return {"image": image, "style": style, "tags": [colour], "name": colour, "codepoints": colour, "base": colour, **text}
+    return {
+        "image": image,
+        "style": style,
+        "tags": [colour],
+        "name": colour,
+        "codepoints": colour,
+        "base": colour,
+        **text,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +60,9 @@ def test_rows_depend_on_seed_and_number_alone():
     first, second = rows_of(TaskMix()), rows_of(TaskMix())
     for i in (63, 0, 17):
         ours, theirs = first[i], second[i]
-        assert all(torch.equal(a, b) for a, b in zip(ours.pop("image_features"), theirs.pop("image_features"), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours.pop("image_features"), theirs.pop("image_features"), strict=True)
+        )
         assert ours == theirs
 
 
@@ -106,3 +119,21 @@ def test_a_stage_that_fails_stops_the_run_and_says_why(tmp_path):
     broken = train.Stage("broken", "build_dataset.py", ["--no-such-option"], tmp_path / "never")
     with pytest.raises(SystemExit, match="(?s)no-such-option.*broken failed with status 2"):
         train.run([broken], tmp_path, jobs=1)
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    """Also when only the first run's own process was killed and a stage of it goes on."""
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import os, time; os.symlink(str(os.getpid()), 'started'); time.sleep(60)")
+    code = (
+        f"import train; train.run([train.Stage('s', {str(sleeper)!r}, [], train.Path('never'))], train.Path('.'), 1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples" / "emoji")}
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    while not (tmp_path / "started").is_symlink():
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    with pytest.raises(SystemExit, match="another run"):
+        train.run([], tmp_path, jobs=1)
+    os.kill(int(os.readlink(tmp_path / "started")), signal.SIGKILL)

@@ -178,7 +178,7 @@ class TestMistakes:
         fails("there is no GPU", "generate", "a", "--device", "cuda", "--model", unloadable.full)
 
     def test_no_weights(self, fails, unloadable):
-        fails("diffusion_pytorch_model", "reconstruct", PICTURE, "--model", unloadable.decoders, loading=True)
+        fails("no file named", "reconstruct", PICTURE, "--model", unloadable.decoders, loading=True)
         fails("model.safetensors", "ask", PICTURE, "what?", "--model", unloadable.full, loading=True)
 
     @pytest.mark.parametrize(
