@@ -29,7 +29,7 @@ def contact_sheet(
         raise ValueError(f"got {len(column_titles)} column_titles for {columns} columns")
 
     font = ImageFont.load_default(FONT_SIZE)
-    label_width = min(max(_text_size(label, font)[0] for label, _ in rows), 2 * cell)
+    label_width = min(max(_text_size(label, font)[0] for label, _ in rows), 3 * cell // 2)
     labels = [_wrap(label, font, label_width) for label, _ in rows]
     titles = [_wrap(title, font, cell) for title in column_titles or []]
     left = label_width + 2 * GAP if label_width else GAP

@@ -45,7 +45,7 @@ def test_labels_and_titles_stay_outside_of_pictures():
     ink = np.array(sheet.convert("L")) < 100
     assert ink[: red[1], red[0] :].any() and ink[:, : red[0] - GAP].any()
     assert not ink[:, red[0] - GAP : red[0]].any()
-    assert red[0] <= 2 * 40 + 2 * GAP
+    assert red[0] <= 3 * 40 // 2 + 2 * GAP
 
 
 def test_one_column_of_other_modes():
