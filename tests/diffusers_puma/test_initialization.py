@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -420,3 +421,10 @@ class TestCommand:
         out, err = capsys.readouterr()
         assert not out and len(err.splitlines()) == 1
         assert err.startswith("puma: error:") and message in err
+
+    def test_open_clip_is_not_installed(self, tmp_path, llama, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "open_clip", None)
+        arguments = ["--llm", str(llama), "--vision", "open_clip:ViT-L-14/openai", "--out", str(tmp_path / "out")]
+        assert main(["init", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and "pip install 'puma-hub[train]'" in err

@@ -10,6 +10,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from safetensors.torch import save_file
 from transformers import CLIPVisionModel
 
+from transformers_puma.assembly import load_encoder
 from transformers_puma.open_clip_vision import clip_vision_from_open_clip, load_open_clip
 
 VISION = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
@@ -137,6 +138,12 @@ def test_load_follows_the_tag(architecture):
     assert_same_outputs(vision, model.visual)
     assert dict(image_processor.size) == {"height": 32, "width": 32}
     assert (tuple(image_processor.image_mean), tuple(image_processor.image_std)) == (MEAN, STD)
+
+
+def test_as_the_encoder_of_a_new_model(architecture):
+    vision, image_processor = load_encoder("open_clip:tiny-ViT/quick")
+    assert_same_outputs(vision, architecture[0].visual)
+    assert tuple(image_processor.image_mean) == MEAN
 
 
 def test_load_from_a_weight_file(architecture):
