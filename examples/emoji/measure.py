@@ -7,7 +7,6 @@ Writes `results.json`, and `reconstruction.png` and `text_to_image.png` with ran
 
 import argparse
 import json
-import random
 from pathlib import Path
 
 import torch
@@ -19,6 +18,8 @@ from tqdm import tqdm
 
 from diffusers_puma import PumaPipeline
 from diffusers_puma.contact_sheet import contact_sheet
+
+SHOWN = 14  # examples on a sheet
 
 
 def spread(pictures: EmojiPictures, count: int) -> torch.Tensor:
@@ -84,7 +85,7 @@ def measure_reconstruction(
         table[f"scale {scale}"]["psnr_between_seeds"] = round(psnr(first[scale], second[scale]).mean().item(), 2)
     shown = [("original", truth), ("nearest in training", near), ("VAE", round_trip)]
     shown += [(f"scale {scale}", first[scale]) for scale in first]
-    sheet = contact_sheet([(title, [to_pil_image(picture) for picture in part[:14]]) for title, part in shown])
+    sheet = contact_sheet([(title, [to_pil_image(picture) for picture in part[:SHOWN]]) for title, part in shown])
     return table, sheet
 
 
@@ -104,11 +105,11 @@ def measure_questions(pipe: PumaPipeline, pictures: EmojiPictures, count: int) -
     return shares
 
 
-def text_to_image_sheet(pipe: PumaPipeline, pictures: EmojiPictures, count: int = 14) -> Image.Image:
+def text_to_image_sheet(pipe: PumaPipeline, pictures: EmojiPictures, count: int) -> Image.Image:
     """Random unseen (concept, style) pairs: the true picture and what each scale draws."""
-    rows = random.Random(0).sample(spread(pictures, 400).tolist(), count)
+    rows = spread(pictures, count).tolist()
     prompts = [caption(pictures.texts[row]) for row in rows]
-    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    generators = [torch.Generator().manual_seed(row) for row in rows]
     drawn = pipe(prompts, scale="all", generator=generators).images
     truth = [to_pil_image(pictures[torch.tensor([row])][0]) for row in rows]
     sheet = [("true picture", truth)] + [(f"scale {scale}", drawn[scale]) for scale in sorted(drawn, reverse=True)]
@@ -135,7 +136,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
     sheet.save(arguments.out / "reconstruction.png")
-    text_to_image_sheet(pipe, pictures["heldout_pair"]).save(arguments.out / "text_to_image.png")
+    text_to_image_sheet(pipe, pictures["heldout_pair"], SHOWN).save(arguments.out / "text_to_image.png")
     print(json.dumps(results, indent=2))
 
 

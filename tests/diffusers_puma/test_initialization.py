@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,7 +29,7 @@ from transformers import (
 )
 
 from diffusers_puma import PumaPipeline, PumaUNet2DConditionModel, convert_released_decoders
-from diffusers_puma.initialization import initialize_puma
+from diffusers_puma.initialization import HUB_FILES, initialize_puma
 from diffusers_puma.training import PumaDecoderTrainer, PumaDecoderTrainingArguments
 from diffusers_puma.unet_puma import initial_position_table
 from puma_cli import main
@@ -342,6 +343,26 @@ class TestSavedPipeline:
         assert states(report)["unet_3"] == "pretrained for another encoder, must be trained again"
 
 
+def test_what_is_downloaded_of_a_source():
+    release = [path.relative_to(RELEASE).as_posix() for path in RELEASE.rglob("*") if path.is_file()]
+    read = [
+        *(path for path in release if path.startswith("ckpts/")),
+        *("model_index.json", "scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"),
+        *(
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet_3/diffusion_pytorch_model.safetensors",
+        ),
+        *("unet_3/diffusion_pytorch_model-00001-of-00002.safetensors", "image_encoder/model.safetensors"),
+    ]
+    ignored = [
+        *("unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.onnx", "vae_1_0/config.json", "README.md"),
+        *("text_encoder/model.safetensors", "mllm/model.safetensors", "sd_xl_base_1.0.safetensors"),
+        "ckpts/stable-diffusion-xl-base-1.0/unet/diffusion_pytorch_model.safetensors",
+    ]
+    assert list(filter_repo_objects([*read, *ignored], allow_patterns=HUB_FILES)) == read
+
+
 def test_grid_of_8_has_four_scales(tmp_path, llama):
     config = AutoConfig.from_pretrained(ENCODER, image_size=32, patch_size=4)
     CLIPVisionModel(config).save_pretrained(tmp_path / "vision")
@@ -360,13 +381,26 @@ class TestMistakes:
         yield
         assert not [path for path in tmp_path.rglob("*") if "out" in path.name]
 
-    def test_decoders_of_another_width(self, tmp_path, llama):
-        config = AutoConfig.from_pretrained(ENCODER, hidden_size=64)
-        CLIPVisionModel(config).save_pretrained(tmp_path / "vision")
-        with pytest.raises(
-            ValueError, match="unet_0 takes 256 tokens of 32 channels, but the encoder has 256 tokens of 64"
-        ):
-            initialize_puma(llama, tmp_path / "vision", RELEASE, tmp_path / "out")
+    @pytest.mark.parametrize(
+        ("changes", "gives"),
+        [
+            ({"hidden_size": 64}, "256 tokens of 64 channels"),
+            ({"image_size": 112}, "64 tokens of 32 channels"),
+        ],
+    )
+    @pytest.mark.parametrize("source", ["release", "full_model"])
+    def test_decoders_of_another_encoder(self, tmp_path, llama, full_model, source, changes, gives):
+        CLIPVisionModel(AutoConfig.from_pretrained(ENCODER, **changes)).save_pretrained(tmp_path / "vision")
+        decoders = RELEASE if source == "release" else full_model
+        takes = "the decoder of scale 0 in .* takes 256 tokens of 32 channels"
+        with pytest.raises(ValueError, match=f"{takes}, but the encoder gives {gives} at that scale"):
+            initialize_puma(llama, tmp_path / "vision", decoders, tmp_path / "out")
+
+    def test_pipeline_without_one_of_its_decoders(self, tmp_path, llama, full_model):
+        shutil.copytree(full_model, tmp_path / "source")
+        shutil.rmtree(tmp_path / "source" / "unet_2")
+        with pytest.raises(FileNotFoundError, match="unet_2 is missing"):
+            initialize_puma(llama, ENCODER, tmp_path / "source", tmp_path / "out")
 
     def test_folder_without_decoders(self, tmp_path, llama):
         with pytest.raises(ValueError, match="holds no decoders: expected ckpts/stable-diffusion"):
