@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from ..granularity import scale_of_position
 from ..processing_puma import IMAGE_TOKEN, PumaProcessor
 
 Row = dict[str, Any]
@@ -25,7 +24,7 @@ class PumaDataCollator:
 
     Args:
         processor: the model's.
-        tokens_per_scale: the model's, `config.tokens_per_scale`.
+        tokens_per_scale: the model's, `config.tokens_per_scale`; only rows with `finest_scale` need it.
         max_length: longer rows are cut; None keeps them whole.
 
     A call returns `input_ids`, `attention_mask` and `labels` (B, T), padded on the right; with pictures also
@@ -33,7 +32,7 @@ class PumaDataCollator:
     """
 
     processor: PumaProcessor
-    tokens_per_scale: list[int]
+    tokens_per_scale: list[int] | None = None
     max_length: int | None = None
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
@@ -91,12 +90,13 @@ class PumaDataCollator:
         return token == self.processor.image_token_id and before != token
 
     def _end_at_scale(self, row: Row, starts: list[int]) -> int | None:
-        if row.get("finest_scale") is None or not starts:
+        """Where the row ends if it is to stop after a scale of its last picture, else None."""
+        finest = row.get("finest_scale")
+        if finest is None or finest == 0 or not starts:
             return None
-        scales = scale_of_position(self.tokens_per_scale)
-        if row["finest_scale"] == 0:
-            return None
-        return starts[-1] + int((scales >= row["finest_scale"]).sum())
+        if self.tokens_per_scale is None or not 0 <= finest < len(self.tokens_per_scale):
+            raise ValueError(f"finest_scale={finest} is no scale of tokens_per_scale={self.tokens_per_scale}")
+        return starts[-1] + sum(self.tokens_per_scale[finest:])
 
     def _encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
         given = self.processor.bos_ids + self.processor.encode_marked(prompt)

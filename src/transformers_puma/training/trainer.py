@@ -20,7 +20,11 @@ class PumaTrainer(Trainer):
 
     args: PumaTrainingArguments
 
-    def __init__(self, model=None, args=None, data_collator=None, **kwargs):
+    def __init__(self, model=None, args: PumaTrainingArguments | None = None, data_collator=None, **kwargs):
+        if args is None:
+            args = PumaTrainingArguments("trainer_output")
+        if not isinstance(args, PumaTrainingArguments):
+            raise ValueError(f"args must be a PumaTrainingArguments, got a {type(args).__name__}")
         if data_collator is None:
             data_collator = PumaDataCollator(kwargs["processing_class"], model.config.tokens_per_scale)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
