@@ -10,7 +10,7 @@ demo: .venv/.runtime
 test: .venv/.test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/.test
 	$(BIN)/python -m ruff check --fix .

@@ -19,9 +19,8 @@ from .transformers_puma.conftest import TEXT, make_processor
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
-]
+SHELL = "".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+COMMANDS = [line.split("#")[0].strip() for line in SHELL.splitlines()]
 # Run by other tests, at sizes that a test can afford.
 ELSEWHERE = ("make test", "python examples/emoji/train.py")
 

@@ -51,11 +51,7 @@ def convert_released_decoders(src: str | Path, dst: str | Path) -> None:
         ValueError: weights that are not what the release's config describes, or files that hold more than tensors.
     """
     src, dst = Path(src), Path(dst)
-    for folder in [IMAGE_ENCODER, *(f"{DECODERS}/{name}" for name in ("vae", "scheduler"))]:
-        _require_folder(src / folder)
-    for count in TOKEN_COUNTS:
-        _require_folder(src / DECODERS / f"unet_{count}")
-
+    require_release(src)
     with new_folder(dst) as work:
         components: dict[str, Any] = {
             "image_encoder": _convert_image_encoder(src / IMAGE_ENCODER, work / "image_encoder"),
@@ -71,6 +67,16 @@ def convert_released_decoders(src: str | Path, dst: str | Path) -> None:
             del decoder
             logger.info(f"converted the {count}-token decoder")
         PumaPipeline(**components).save_config(work)
+
+
+def require_release(folder: Path) -> None:
+    """Raises `FileNotFoundError` unless all parts of the release are there."""
+    decoders = [f"unet_{count}" for count in TOKEN_COUNTS]
+    for part in [IMAGE_ENCODER, *(f"{DECODERS}/{name}" for name in ("vae", "scheduler", *decoders))]:
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(
+                f"{folder / part} is missing: the source must be laid out like the release, with ckpts/ in it"
+            )
 
 
 def convert_released_unet(folder: str | Path, num_tokens: int) -> PumaUNet2DConditionModel:
@@ -184,13 +190,6 @@ def _require_complete(folder: Path, info: dict[str, Any]) -> None:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"the weights in {folder} lack {len(missing)} entries, such as {missing[0]}")
-
-
-def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is missing: the source must be laid out like the release, with ckpts/ in it"
-        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

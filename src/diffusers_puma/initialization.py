@@ -18,32 +18,44 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.utils import logging
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from transformers_puma import PumaForConditionalGeneration, PumaProcessor
+from transformers_puma import PumaForConditionalGeneration, PumaImageProcessor, PumaProcessor, tokens_per_scale
 from transformers_puma.assembly import (
     assemble_puma,
     load_encoder,
     load_language_model,
+    num_scales_of_grid,
     require_encoder,
     require_language_model,
 )
 
-from .conversion import DECODERS, IMAGE_ENCODER, UNUSED, convert_released_decoders, read_weights
+from .conversion import (
+    DECODERS,
+    IMAGE_ENCODER,
+    TOKEN_COUNTS,
+    UNUSED,
+    convert_released_decoders,
+    read_weights,
+    require_release,
+)
 from .folders import new_folder
 from .pipeline_puma import PumaPipeline
 from .unet_puma import PumaUNet2DConditionModel, initial_position_table
 
 PIPELINE_INDEX = "model_index.json"
 RELEASE, PUMA, PLAIN = "release", "puma", "plain"
-# Of a source on the Hub; not its language model, nor copies of weights in other formats.
-HUB_FILES = [PIPELINE_INDEX, "ckpts/*"]
-HUB_FILES += [
-    f"{folder}/*{suffix}"
-    for folder in ("unet", "unet_[0-4]", "vae", "scheduler", "image_encoder")
-    for suffix in (".json", ".safetensors")
+# Of a source on the Hub: not its language model, nor weights that are there once more in another format.
+HUB_FILES = [
+    PIPELINE_INDEX,
+    f"{IMAGE_ENCODER}/*",
+    *(f"{DECODERS}/{part}/*" for part in ("unet_*", "vae", "scheduler")),
 ]
-HUB_VARIANTS = ["*.fp16.*", "*.non_ema.*"]
+HUB_FILES += [
+    f"{folder}/{file}"
+    for folder in ("unet", "unet_[0-4]", "vae", "scheduler", "image_encoder")
+    for file in ("*.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*", "model*.safetensors")
+]
 
 Components = dict[str, Any]
 
@@ -104,7 +116,10 @@ def initialize_puma(
         require_encoder(vision)
         require_language_model(llm)
         source = None if decoders is None else _DecoderSource.find(str(decoders))
-        model, processor, parts, notes = _assemble_language_model(llm, vision)
+        encoder, image_processor = load_encoder(vision)
+        if source is not None:
+            _require_fit(source, encoder)
+        model, processor, parts, notes = _assemble_language_model(llm, vision, encoder, image_processor)
         if source is None:
             model.save_pretrained(work)
             processor.save_pretrained(work)
@@ -128,9 +143,8 @@ def initialize_puma(
 
 
 def _assemble_language_model(
-    llm: str, vision: str
+    llm: str, vision: str, encoder: CLIPVisionModel, image_processor: PumaImageProcessor
 ) -> tuple[PumaForConditionalGeneration, PumaProcessor, list[Part], list[str]]:
-    encoder, image_processor = load_encoder(vision)
     language_model, tokenizer = load_language_model(llm)
     encoder_dtype, old_rows, old_tokens = encoder.dtype, _rows(language_model), len(tokenizer)
     model, processor = assemble_puma(language_model, tokenizer, encoder, image_processor)
@@ -169,10 +183,14 @@ class _DecoderSource:
         if not folder.is_dir():
             folder = _download(name)
         if (folder / DECODERS).is_dir():
+            require_release(folder)
             return cls(name, folder, RELEASE, {})
         file = folder / PIPELINE_INDEX
         index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if index.get("_class_name") == "PumaPipeline":
+            for component in _component_classes(index):
+                if not (folder / component).is_dir():
+                    raise FileNotFoundError(f"{folder / component} is missing")
             return cls(name, folder, PUMA, index)
         if all((folder / part).is_dir() for part in ("unet", "vae", "scheduler")):
             return cls(name, folder, PLAIN, index)
@@ -184,10 +202,34 @@ class _DecoderSource:
 
 def _download(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_VARIANTS))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{name} is no folder, and cannot be downloaded from the Hub: {reason}") from error
+
+
+def _require_fit(source: _DecoderSource, encoder: CLIPVisionModel) -> None:
+    """Raises `ValueError`, before anything is written, if decoders take other features than the encoder gives."""
+    config = encoder.config
+    grid_size = config.image_size // config.patch_size
+    gives = [(count, config.hidden_size) for count in tokens_per_scale(grid_size, num_scales_of_grid(grid_size))]
+    takes: dict[int, tuple[int, int]] = {}
+    if source.kind == RELEASE:
+        channels = CLIPVisionConfig.from_pretrained(source.folder / IMAGE_ENCODER).hidden_size
+        takes = {scale: (count, channels) for scale, count in enumerate(TOKEN_COUNTS)}
+    elif source.kind == PUMA:
+        for name in _component_classes(source.index):
+            if name.startswith("unet_"):
+                decoder = PumaUNet2DConditionModel.load_config(source.folder / name)
+                takes[int(name.removeprefix("unet_"))] = decoder["num_tokens"], decoder["encoder_hid_dim"]
+    for scale, taken in takes.items():
+        given = gives[scale] if scale < len(gives) else None
+        if taken != given:
+            has = f"{given[0]} tokens of {given[1]} channels" if given else "nothing"
+            raise ValueError(
+                f"the decoder of scale {scale} in {source.name} takes {taken[0]} tokens of {taken[1]} channels, but "
+                f"the encoder gives {has} at that scale"
+            )
 
 
 def _state_of_decoders(source: _DecoderSource, encoder: CLIPVisionModel) -> str:
@@ -222,8 +264,6 @@ def _write_decoders(source: _DecoderSource, model: PumaForConditionalGeneration,
 
     components: Components = {}
     for name, class_name in _component_classes(index).items():
-        if not (folder / name).is_dir():
-            raise FileNotFoundError(f"{folder / name} is missing")
         move(folder / name, work / name)
         component_class = PumaUNet2DConditionModel if name.startswith("unet") else getattr(diffusers, class_name)
         with torch.device("cpu" if name == "scheduler" else "meta"):

@@ -112,6 +112,12 @@ def _load_image_processor(name: str, image_size: int) -> PumaImageProcessor:
     return PumaImageProcessor(size=size, image_mean=published.image_mean, image_std=published.image_std)
 
 
+def num_scales_of_grid(grid_size: int) -> int:
+    """As many scales as a grid of that side can be halved for, itself counted, but no more than the report's five."""
+    lowest_set_bit = grid_size & -grid_size
+    return min(MAX_SCALES, lowest_set_bit.bit_length())
+
+
 def assemble_puma(
     language_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,7 +140,7 @@ def assemble_puma(
     config = PumaConfig(
         text_config=_as_part(language_model.config),
         vision_config=_as_part(vision.config),
-        num_scales=min(MAX_SCALES, (grid_size & -grid_size).bit_length()),
+        num_scales=num_scales_of_grid(grid_size),
         image_start_token_id=processor.image_start_token_id,
         image_end_token_id=processor.image_end_token_id,
         image_token_id=processor.image_token_id,
