@@ -24,8 +24,8 @@ def assemble(runs: Path, out: Path) -> None:
     pipeline = PumaPipeline(
         vae=AutoencoderKL.from_pretrained(runs / "vae", **half),
         scheduler=DDIMScheduler.from_config(noise_scheduler().config),
-        mllm=PumaForConditionalGeneration.from_pretrained(runs / "mllm", **half),
-        processor=PumaProcessor.from_pretrained(runs / "mllm"),
+        mllm=PumaForConditionalGeneration.from_pretrained(runs / "mllm_tuned", **half),
+        processor=PumaProcessor.from_pretrained(runs / "mllm_tuned"),
         default_num_inference_steps=NUM_INFERENCE_STEPS,
         **decoders,
     )

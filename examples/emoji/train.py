@@ -43,6 +43,8 @@ def stages(data: Path, runs: Path, out: Path, preset: str, max_steps: int | None
         return Stage(name, script, [*training, "--out", str(result), *map(str, arguments)], result, needs)
 
     language_model = ["--cache", cache, "--encoder", encoder]
+    tuned = runs / "mllm_tuned"
+    tuning = ["--cache", cache, "--pretrained", mllm]
     decoders = [
         trained(f"unet_{s}", "train_decoder.py", unets[s], "--scale", s, "--cache", cache, needs=("cache",))
         for s in SCALES
@@ -61,7 +63,8 @@ def stages(data: Path, runs: Path, out: Path, preset: str, max_steps: int | None
         ),
         trained("mllm", "train_language_model.py", mllm, *language_model, needs=("cache",)),
         *decoders,
-        Stage("model", "assemble.py", parts, out / "model_index.json", ("mllm", *(f"unet_{s}" for s in SCALES))),
+        trained("tuned", "tune_language_model.py", tuned, *tuning, needs=("mllm",)),
+        Stage("model", "assemble.py", parts, out / "model_index.json", ("tuned", *(f"unet_{s}" for s in SCALES))),
     ]
 
 

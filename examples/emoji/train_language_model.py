@@ -1,7 +1,7 @@
-"""Train tokenizer and language model on cached features:
+"""Train tokenizer and language model on cached features, mostly to draw:
 
-python examples/emoji/train_language_model.py --cache runs/emoji/cache --encoder runs/emoji/encoder --out
-runs/emoji/mllm
+    python examples/emoji/train_language_model.py --cache runs/emoji/cache --encoder runs/emoji/encoder \
+        --out runs/emoji/mllm
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from cache_features import load_cache
 from emoji_tasks import EmojiRows, TaskMix, all_texts
-from emoji_training import count_parameters, load_pictures, parse_arguments, run_stage
+from emoji_training import StageArguments, count_parameters, load_pictures, parse_arguments, run_stage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from torch.utils.data import SequentialSampler
@@ -116,33 +116,29 @@ class OrderedTrainer(PumaTrainer):
         return SequentialSampler(self.train_dataset)
 
 
-def main() -> None:
-    stage, arguments, options = parse_arguments(
-        "mllm", PRESETS, extra=LanguageModelArguments, training_arguments=PumaTrainingArguments
-    )
-    if Path(stage.out).exists():
-        return
+def train(
+    model: PumaForConditionalGeneration,
+    processor: PumaProcessor,
+    stage: StageArguments,
+    arguments: PumaTrainingArguments,
+    cache: str,
+    mix: TaskMix,
+) -> None:
+    """Trains on rows of `mix`, evaluates on drawing unseen pairs down to the finest scale, and writes `stage.out`."""
     pictures = load_pictures(stage.data)
-    encoder = CLIPVisionModel.from_pretrained(options.encoder)
-    cache = load_cache(options.cache, "train")
-    processor = build_processor(pictures["train"].texts, encoder)
-    torch.manual_seed(arguments.seed)
-    model = build_model(processor, encoder, options.hidden_size, options.num_layers)
-    standardize_feature_heads(model, *feature_statistics(cache["features"].split(512), cache["features"].shape[1]))
 
-    def rows(split: str, features: torch.Tensor, length: int, mix: TaskMix | None = None) -> EmojiRows:
-        batch_size = arguments.per_device_train_batch_size
-        return EmojiRows(
-            pictures[split].texts, features, model.config.num_scales, batch_size, length, arguments.seed, mix
-        )
+    def rows(split: str, length: int, mix: TaskMix) -> EmojiRows:
+        features = load_cache(cache, split)["features"]
+        size = arguments.per_device_train_batch_size
+        return EmojiRows(pictures[split].texts, features, model.config.num_scales, size, length, arguments.seed, mix)
 
     draw = TaskMix(kinds=(1, 0, 0, 0), finest_scale=(1, 0, 0, 0, 0))
     trainer = OrderedTrainer(
         model,
         arguments,
         processing_class=processor,
-        train_dataset=rows("train", cache["features"], arguments.max_steps * arguments.per_device_train_batch_size),
-        eval_dataset=rows("heldout_pair", load_cache(options.cache, "heldout_pair")["features"], 512, draw),
+        train_dataset=rows("train", arguments.max_steps * arguments.per_device_train_batch_size, mix),
+        eval_dataset=rows("heldout_pair", 512, draw),
     )
 
     def save(folder: str) -> dict:
@@ -150,6 +146,22 @@ def main() -> None:
         return {"parameters": count_parameters(model), "heldout_pair": trainer.evaluate()}
 
     run_stage(trainer, stage.out, save)
+
+
+def main() -> None:
+    stage, arguments, options = parse_arguments(
+        "mllm", PRESETS, extra=LanguageModelArguments, training_arguments=PumaTrainingArguments
+    )
+    if Path(stage.out).exists():
+        return
+    texts = load_pictures(stage.data)["train"].texts
+    encoder = CLIPVisionModel.from_pretrained(options.encoder)
+    features = load_cache(options.cache, "train")["features"]
+    processor = build_processor(texts, encoder)
+    torch.manual_seed(arguments.seed)
+    model = build_model(processor, encoder, options.hidden_size, options.num_layers)
+    standardize_feature_heads(model, *feature_statistics(features.split(512), features.shape[1]))
+    train(model, processor, stage, arguments, options.cache, TaskMix())
 
 
 if __name__ == "__main__":
