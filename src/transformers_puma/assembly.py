@@ -7,7 +7,6 @@ tokens in the vocabulary.
 import copy
 
 import torch
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
@@ -134,7 +133,6 @@ def assemble_puma(
     # Some models have more rows than their tokenizer has tokens; those are not cut off.
     rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
     language_model.resize_token_embeddings(rows, pad_to_multiple_of=VOCABULARY_MULTIPLE)
-    _untie_unless_puma_ties(language_model)
     grid_size = vision.config.image_size // vision.config.patch_size
     processor = PumaProcessor(image_processor, tokenizer)
     config = PumaConfig(
@@ -165,14 +163,6 @@ def _as_part(config: PreTrainedConfig) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     config.architectures, config._name_or_path = None, ""
     return config
-
-
-def _untie_unless_puma_ties(language_model: PreTrainedModel) -> None:
-    """PUMA ties its head to `embed_tokens`; a backbone with another name for it gets a head with rows of its own."""
-    if language_model.config.tie_word_embeddings and not hasattr(language_model.base_model, "embed_tokens"):
-        language_model.config.tie_word_embeddings = False
-        head = language_model.get_output_embeddings()
-        head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def _generation_config(

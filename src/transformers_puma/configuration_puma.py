@@ -71,8 +71,8 @@ class PumaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        self.text_config = _sub_config(self.text_config, LLAMA3_8B)
-        self.vision_config = _sub_config(self.vision_config, CLIP_L14)
+        self.text_config = _sub_config("text_config", self.text_config, LLAMA3_8B)
+        self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_L14)
         if self.scale_loss_weights is None:
             self.scale_loss_weights = [1, 8, 64, 512, 1024][: self.num_scales]
         # Saved with the text configuration by every backbone, read at the top level by the tying of weights.
@@ -81,6 +81,12 @@ class PumaConfig(PreTrainedConfig):
         self._validate_puma()
 
     def _validate_puma(self):
+        if self.text_config.is_encoder_decoder:
+            raise ValueError(f"text_config is of an encoder-decoder ({self.text_config.model_type}), not decoder-only")
+        if not hasattr(self.vision_config, "patch_size"):
+            raise ValueError(f"vision_config is of type {self.vision_config.model_type}, not of a CLIP vision model")
+        if self.num_location_tokens < 0:
+            raise ValueError(f"num_location_tokens={self.num_location_tokens} must not be negative")
         if self.vision_config.image_size % self.vision_config.patch_size:
             raise ValueError(
                 f"vision_config: image_size={self.vision_config.image_size} is not a multiple of "
@@ -120,10 +126,13 @@ class PumaConfig(PreTrainedConfig):
         return sum(self.tokens_per_scale)
 
 
-def _sub_config(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
+def _sub_config(field: str, config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
     if config is None:
         config = default
     if isinstance(config, dict):
         config = dict(config)
-        config = CONFIG_MAPPING[config.pop("model_type", default["model_type"])](**config)
+        model_type = config.pop("model_type", default["model_type"])
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"{field}: transformers knows no model_type {model_type!r}")
+        config = CONFIG_MAPPING[model_type](**config)
     return config

@@ -122,8 +122,9 @@ class PumaGenerationMixin(GenerationMixin):
     ) -> InterleavedOutput:
         """Text and images in the order in which the model writes them; it chooses when to draw.
 
-        Greedy search or sampling through stock `generate`: placeholder ids take part in its bookkeeping, and the
-        features travel beside them. Each image takes `image_seq_length` + 2 of `max_new_tokens`.
+        Greedy search or sampling through stock `generate`, also where the model's own settings say beams: placeholder
+        ids take part in its bookkeeping, and the features travel beside them. Each image takes `image_seq_length` + 2
+        of `max_new_tokens`.
 
         Raises:
             ValueError: `num_beams`, `num_return_sequences` or an assistant model, which would reorder rows.
@@ -140,11 +141,14 @@ class PumaGenerationMixin(GenerationMixin):
             image_seq_length=self.config.image_seq_length,
         )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+        processors = [*(generate_kwargs.pop("logits_processor", None) or []), span]
+        for name in ("num_beams", "num_return_sequences"):
+            generate_kwargs[name] = 1
         sequences = self.generate(
             **{name: value for name, value in inputs.items() if value is not None},
             **generate_kwargs,
             generated_features=features,
-            logits_processor=LogitsProcessorList([span]),
+            logits_processor=LogitsProcessorList(processors),
             suppress_tokens=None,
             return_dict_in_generate=False,
         )
@@ -186,6 +190,24 @@ class PumaGenerationMixin(GenerationMixin):
                 else self.image_head.weight.new_zeros(len(input_ids), 0, self.image_head.out_features)
             )
         return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Rows for beams or several answers, each copy with all pictures of its row.
+
+        Older versions of transformers repeat the pictures one by one, which is right for one picture a row only.
+        """
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            mask = input_ids == self.config.image_token_id
+            counts = mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
+            rows = pixel_values.split(counts.tolist())
+            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)

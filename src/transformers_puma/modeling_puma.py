@@ -159,7 +159,7 @@ class PumaModel(PumaPreTrainedModel):
         scale = scales[positions.offset.clamp(max=len(scales) - 1)]
         visible = torch.isin(scale, torch.tensor(self.config.input_scales, device=scale.device))
         if image_loss_mask is not None and len(image_loss_mask):
-            visible |= image_loss_mask.to(scale.device)[positions.image.clamp(min=0)]
+            visible |= image_loss_mask.to(scale.device, torch.bool)[positions.image.clamp(min=0)]
         return positions.mask & visible
 
     @can_return_tuple
@@ -190,8 +190,9 @@ class PumaModel(PumaPreTrainedModel):
                 placeholder stands.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`; more than one source of images; a number of
-                images that differs from the runs of placeholders.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; images without `input_ids` or from more
+                than one source; a number of images that differs from the runs of placeholders or from
+                `image_loss_mask`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -199,6 +200,8 @@ class PumaModel(PumaPreTrainedModel):
             raise ValueError("images must come from one of pixel_values, image_features and mm_encoder_outputs")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif pixel_values is not None or image_features is not None or mm_encoder_outputs is not None:
+            raise ValueError("images are placed by their placeholders in input_ids, but only inputs_embeds was given")
 
         images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
@@ -212,6 +215,11 @@ class PumaModel(PumaPreTrainedModel):
             prompt_ids = input_ids[:, : input_ids.shape[1] - written]
             positions = ImagePositions.find(prompt_ids, self.config.image_token_id)
             self._check_images(positions, images.pooler_output)
+            if image_loss_mask is not None and image_loss_mask.shape != images.pooler_output.shape[:1]:
+                raise ValueError(
+                    f"image_loss_mask has shape {tuple(image_loss_mask.shape)}: expected one bool for each of the "
+                    f"{images.pooler_output.shape[0]} images"
+                )
             states = images.pooler_output
             if feature_noise:
                 states = self.projector(_with_noise(images.last_hidden_state, feature_noise))
@@ -259,7 +267,8 @@ class PumaModel(PumaPreTrainedModel):
 class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
     """PUMA's language model with its text head and its image head (report section 3.3)."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    # The loss takes two counts of its own, not the Trainer's `num_items_in_batch`.
+    accepts_loss_kwargs = False
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: PumaConfig):
@@ -267,6 +276,10 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         self.model = PumaModel(config)
         self.image_head = nn.Linear(config.text_config.hidden_size, config.vision_config.hidden_size)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # Backbones differ in the name of their embedding (`embed_tokens`, `wte`, ..).
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         # Stock text generation must not open an image that nothing would fill; `generate_interleaved` lifts this.
         self.generation_config = GenerationConfig.from_model_config(config)
         self.generation_config.suppress_tokens = self._image_token_ids()
@@ -362,7 +375,9 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         hidden_states, positions = outputs.last_hidden_state, outputs.image_positions
         supervised = torch.zeros(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         if positions is not None and image_loss_mask is not None and len(image_loss_mask):
-            supervised = positions.mask & image_loss_mask.to(hidden_states.device)[positions.image.clamp(min=0)]
+            supervised = positions.mask & image_loss_mask.to(hidden_states.device, torch.bool)[
+                positions.image.clamp(min=0)
+            ]
         predicted = self.image_head(hidden_states[:, :-1][supervised[:, 1:]])
         scales = scale_of_position(self.config.tokens_per_scale).to(hidden_states.device)
         if not len(predicted):

@@ -1,8 +1,8 @@
 """Text and pictures (and boxes) to the ids and pixels that PUMA reads, and back.
 
-`<image>` and `<box>` are markup in the texts that users write for `PumaProcessor.__call__` and in training rows.
-Prompts and questions that come from elsewhere go through `prepare_generation` and `prepare_question`, where nothing
-is markup.
+`<image>` and `<box>` are markup in the texts that users write for `PumaProcessor.__call__`, and `<image>` in training
+rows. Prompts and questions that come from elsewhere go through `prepare_generation` and `prepare_question`, where
+nothing is markup.
 """
 
 import re
@@ -141,6 +141,8 @@ class PumaProcessor(ProcessorMixin):
                     f"the text holds {sum(s.count(BOX_MARK) for s in texts)} {BOX_MARK} but 0 boxes were given"
                 )
             text = [sample + IMAGE_START_TOKEN for sample in texts] if generation_mode == "image" else texts
+            if images is not None and not any(_nested_images(images)):
+                images = None  # a list without pictures, which has no pixels
         return super().__call__(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
@@ -240,8 +242,12 @@ class PumaProcessor(ProcessorMixin):
         Args:
             prompts: plain texts; nothing in them becomes a special token.
             images: for each prompt the pictures that it is about.
+
+        Raises:
+            ValueError: not a list of prompts, or another number of lists of images.
         """
         images = images or [[] for _ in prompts]
+        _check_batch(prompts, images, "prompts")
         rows = [
             self.bos_ids + self.image_ids * len(group) + self.encode_plain(prompt) + [self.image_start_token_id]
             for prompt, group in zip(prompts, images, strict=True)
@@ -257,7 +263,12 @@ class PumaProcessor(ProcessorMixin):
         return BatchFeature(inputs)
 
     def prepare_question(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
-        """Inputs of `generate` for plain-text questions, each about its pictures, in the chat format; left-padded."""
+        """Inputs of `generate` for plain-text questions, each about its pictures, in the chat format; left-padded.
+
+        Raises:
+            ValueError: not a list of questions, or another number of lists of images.
+        """
+        _check_batch(questions, images, "questions")
         rows = []
         for question, group in zip(questions, images, strict=True):
             content = [*({"type": "image"} for _ in group), {"type": "text", "text": self._shield(question)}]
@@ -288,6 +299,13 @@ class PumaProcessor(ProcessorMixin):
         dropped = set(self.tokenizer.all_special_ids) - locations
         answers = [[i for i in row if i not in dropped] for row in sequences[:, prompt_length:].tolist()]
         return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+
+def _check_batch(texts: list[str], images: list[list[Image.Image]], name: str):
+    if isinstance(texts, str):
+        raise ValueError(f"{name} must be a list of strings, got the string {texts!r}")
+    if len(texts) != len(images):
+        raise ValueError(f"got {len(texts)} {name} but {len(images)} lists of images: expected one for each")
 
 
 def _nested_images(images) -> list[list]:

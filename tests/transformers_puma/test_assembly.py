@@ -63,8 +63,7 @@ def assemble(folder):
         ("qwen3", QWEN, False),
         ("gemma", GEMMA, True),
         ("gpt_neox", TEXT, False),
-        # Tied under another name than PUMA's: its head gets rows of its own.
-        ("gpt2", GPT2, False),
+        ("gpt2", GPT2, True),
     ],
 )
 @torch.no_grad()

@@ -31,6 +31,10 @@ def test_round_trip(processor, tmp_path):
         ("image_token_id", {"image_token_id": 512}),
         ("image_start_token_id", {"image_start_token_id": 3, "image_token_id": 3}),
         ("vision_config", {"vision_config": {**VISION, "patch_size": 5}}),
+        ("vision_config", {"vision_config": {"model_type": "clip"}}),
+        ("text_config", {"text_config": {"model_type": "t5"}}),
+        ("text_config", {"text_config": {"model_type": "no such model"}}),
+        ("num_location_tokens", {"num_location_tokens": -1}),
     ],
 )
 def test_inconsistent_values_name_the_field(field, values):

@@ -154,3 +154,28 @@ def test_pictures_in_the_prompt_of_interleaved_generation(drawing_model, process
 def test_modes_that_reorder_rows_are_refused(model, processor, option):
     with pytest.raises(ValueError, match=f"{option}=2"):
         interleave(model, processor, ["a"], **{option: 2})
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_copies_of_a_row_keep_its_pictures(model, processor, options):
+    questions, images = ["one?", "two?"], [[make_picture(0), make_picture(1)], [make_picture(2)]]
+
+    def first_logits(rows, **kwargs):
+        inputs = processor.prepare_question([questions[row] for row in rows], [images[row] for row in rows])
+        outputs = model.generate(
+            **inputs, **kwargs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+        )
+        return outputs.logits[0]
+
+    copies = first_logits([0, 1], **options)
+    for row in range(2):
+        torch.testing.assert_close(copies[2 * row : 2 * row + 2], first_logits([row]).expand(2, -1), rtol=0, atol=1e-5)
+
+
+def test_interleaved_generation_searches_greedily_whatever_the_models_settings(drawing_model, processor):
+    expected = interleave(drawing_model, processor, ["a"]).sequences
+    drawing_model.generation_config.num_beams = 2
+    try:
+        assert torch.equal(interleave(drawing_model, processor, ["a"]).sequences, expected)
+    finally:
+        drawing_model.generation_config.num_beams = None

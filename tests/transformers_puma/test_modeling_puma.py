@@ -203,6 +203,10 @@ def test_images_that_do_not_match_the_placeholders(model, batch):
         model(attention_mask=batch["attention_mask"])
     with pytest.raises(ValueError, match="one of pixel_values"):
         model(**batch, image_features=torch.zeros(3, IMAGE_LENGTH, 32))
+    with pytest.raises(ValueError, match="only inputs_embeds was given"):
+        model(inputs_embeds=torch.zeros(1, 5, 32), pixel_values=batch["pixel_values"])
+    with pytest.raises(ValueError, match="one bool for each of the 3 images"):
+        model(**batch, labels=batch["input_ids"], image_loss_mask=torch.tensor([True]))
 
 
 def test_positions():

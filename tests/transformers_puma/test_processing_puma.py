@@ -151,3 +151,17 @@ def test_a_tokenizer_without_pumas_tokens(processor):
         PumaProcessor(full.image_processor, full.tokenizer)
     assert add_puma_tokens(full.tokenizer, 5) == 2
     assert isinstance(full.tokenizer, PreTrainedTokenizerFast)
+
+
+def test_an_empty_list_of_pictures_is_none(processor):
+    for images in ([], [[]]):
+        assert "pixel_values" not in processor(text=["a"], images=images, return_tensors="pt")
+
+
+def test_prompts_and_questions_that_do_not_match_their_pictures(processor, picture):
+    with pytest.raises(ValueError, match="2 prompts but 1 lists"):
+        processor.prepare_generation(["a", "b"], [[picture]])
+    with pytest.raises(ValueError, match="1 questions but 2 lists"):
+        processor.prepare_question(["a"], [[picture], [picture]])
+    with pytest.raises(ValueError, match="list of strings"):
+        processor.prepare_generation("a")

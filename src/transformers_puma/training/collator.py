@@ -18,9 +18,9 @@ class PumaDataCollator:
     - `{"messages"}`: a conversation with `{"type": "image"}` parts; what the assistant says is supervised;
     - `{"text"}`: all of it is supervised.
 
-    `image_features`, a list of (S, C) encoder features coarsest first, may stand in place of `images`. A row that
+    `image_features`, for each picture (S, C) encoder features coarsest first, may stand in place of `images`. A row that
     finishes with a picture ends after its scale `finest_scale`, if given: attention is causal, so the coarser scales
-    train as in the whole row.
+    train as in the whole row. A column that is None counts as absent.
 
     Args:
         processor: the model's.
@@ -36,6 +36,8 @@ class PumaDataCollator:
     max_length: int | None = None
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        # A data set of several kinds of rows has the columns of all, None where a row has nothing.
+        rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
         encoded = [self._encode(row) for row in rows]
         padded = self.processor.tokenizer.pad(
             {"input_ids": [ids for ids, _, _ in encoded]}, padding_side="right", return_tensors="pt"
@@ -60,7 +62,7 @@ class PumaDataCollator:
             ]
             return {"image_features": torch.stack([torch.as_tensor(feature) for feature in features])}
         images = [
-            image for row, count in zip(rows, counts, strict=True) for image in (row.get("images") or [])[:count]
+            image for row, count in zip(rows, counts, strict=True) for image in row.get("images", [])[:count]
         ]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
@@ -78,7 +80,7 @@ class PumaDataCollator:
         starts = [
             i for i, (token, before) in enumerate(zip(ids, [None, *ids], strict=False)) if self._starts(token, before)
         ]
-        given = len(row.get("image_features", row.get("images")) or [])
+        given = len(row.get("image_features", row.get("images", [])))
         if given != len(starts):
             raise ValueError(f"the row's text holds {len(starts)} images but {given} were given: {_excerpt(row)}")
 

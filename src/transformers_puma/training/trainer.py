@@ -26,6 +26,8 @@ class PumaTrainer(Trainer):
         if not isinstance(args, PumaTrainingArguments):
             raise ValueError(f"args must be a PumaTrainingArguments, got a {type(args).__name__}")
         if data_collator is None:
+            if kwargs.get("processing_class") is None:
+                raise ValueError("processing_class (the model's PumaProcessor) or a data_collator is needed")
             data_collator = PumaDataCollator(kwargs["processing_class"], model.config.tokens_per_scale)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         for module in self.model.modules():

@@ -100,3 +100,16 @@ def test_long_rows_are_cut_with_their_pictures(processor, model, picture):
 def test_bad_rows(collator, row, message):
     with pytest.raises(ValueError, match=message):
         collator([row])
+
+
+def test_none_is_an_absent_column(collator, picture):
+    row = {"prompt": "a cat", "completion": "<image>", "images": [picture]}
+    absent = {"messages": None, "text": None, "image_features": None, "finest_scale": None}
+    expected, batch = collator([row]), collator([{**row, **absent}])
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
+
+
+def test_features_of_a_row_may_be_one_tensor(collator):
+    features = torch.rand(2, IMAGE_LENGTH, 32)
+    batch = collator([{"prompt": "<image>red", "completion": "<image>", "image_features": features}])
+    assert torch.equal(batch["image_features"], features)

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from transformers_puma.training import PumaTrainer, PumaTrainingArguments, standardize_feature_heads
+from transformers import Trainer, TrainingArguments
+
+from transformers_puma.training import PumaDataCollator, PumaTrainer, PumaTrainingArguments, standardize_feature_heads
 
 from ..conftest import make_model, make_picture
 
@@ -127,3 +129,32 @@ def test_standardised_heads_start_at_the_features_mean(processor):
     torch.testing.assert_close(model.model.projector(features), expected, rtol=1e-4, atol=1e-4)
     weight, bias = weights["head"]
     torch.testing.assert_close(model.image_head(states), (states @ weight.T + bias) * std + mean)
+
+
+def test_the_stock_trainer_averages_over_accumulation(processor, tmp_path):
+    """It knows one count, and the model takes two: so the mean is over micro-batches, not scaled by their number."""
+    rows = [{"text": text} for text in ("hello", "world", "abcde", "fghij")]
+    losses = []
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        collator = PumaDataCollator(processor)
+        trainer = Trainer(make_model(processor), arguments, data_collator=collator, train_dataset=rows)
+        trainer.train()
+        losses += history(trainer)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_trainer_needs_a_processor_or_a_collator(processor, tmp_path):
+    with pytest.raises(ValueError, match="processing_class"):
+        PumaTrainer(make_model(processor), PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
