@@ -375,9 +375,9 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         hidden_states, positions = outputs.last_hidden_state, outputs.image_positions
         supervised = torch.zeros(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
         if positions is not None and image_loss_mask is not None and len(image_loss_mask):
-            supervised = positions.mask & image_loss_mask.to(hidden_states.device, torch.bool)[
-                positions.image.clamp(min=0)
-            ]
+            supervised = (
+                positions.mask & image_loss_mask.to(hidden_states.device, torch.bool)[positions.image.clamp(min=0)]
+            )
         predicted = self.image_head(hidden_states[:, :-1][supervised[:, 1:]])
         scales = scale_of_position(self.config.tokens_per_scale).to(hidden_states.device)
         if not len(predicted):

@@ -61,9 +61,7 @@ class PumaDataCollator:
                 f for row, count in zip(rows, counts, strict=True) for f in row.get("image_features", [])[:count]
             ]
             return {"image_features": torch.stack([torch.as_tensor(feature) for feature in features])}
-        images = [
-            image for row, count in zip(rows, counts, strict=True) for image in row.get("images", [])[:count]
-        ]
+        images = [image for row, count in zip(rows, counts, strict=True) for image in row.get("images", [])[:count]]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
     def _encode(self, row: Row) -> tuple[list[int], list[bool], list[bool]]:
