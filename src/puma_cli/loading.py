@@ -47,6 +47,8 @@ def load_pipeline(
         ValueError, OSError: of the libraries, for a folder that they cannot read.
     """
     device = choose_device(device)
+    parts = {"mllm", "image_encoder", "vae", *(f"unet_{scale}" for scale in scales)}
+    model.require_weights([part for part in model.components if part in parts])
     with _loading(model):
         # Without `use_safetensors` diffusers falls back to pickled weights.
         pipe = PumaPipeline.from_pretrained(
@@ -60,6 +62,7 @@ def load_language_model(
 ) -> tuple[PumaForConditionalGeneration, PumaProcessor]:
     """The model's language model and processor, without any decoder. Raises as `load_pipeline`."""
     device = choose_device(device)
+    model.require_weights(["mllm" if "mllm" in model.components else "."])
     with _loading(model):
         mllm = AutoModelForMultimodalLM.from_pretrained(
             model.name, dtype=choose_dtype(dtype, device), use_safetensors=True

@@ -69,6 +69,13 @@ class ModelSource:
         if "mllm" not in self.components and "image_encoder" not in self.components:
             raise UserError(f"a picture needs an image encoder, and {self.name} has none")
 
+    def require_weights(self, parts: list[str]) -> None:
+        """Raises `UserError` if a local folder has the configuration of one of these parts alone, as puma-8b does."""
+        for part in parts:
+            folder = Path(self.name, part)
+            if folder.is_dir() and not any(folder.glob("*.safetensors")):
+                raise UserError(f"{folder} holds no weights (*.safetensors)")
+
     def _read(self, file: str) -> dict[str, Any]:
         path = Path(self.name, file) if Path(self.name).is_dir() else _download(self.name, file)
         if path is None or not path.is_file():

@@ -18,9 +18,9 @@ class PumaDataCollator:
     - `{"messages"}`: a conversation with `{"type": "image"}` parts; what the assistant says is supervised;
     - `{"text"}`: all of it is supervised.
 
-    `image_features`, for each picture (S, C) encoder features coarsest first, may stand in place of `images`. A row that
-    finishes with a picture ends after its scale `finest_scale`, if given: attention is causal, so the coarser scales
-    train as in the whole row. A column that is None counts as absent.
+    `image_features`, for each picture (S, C) encoder features coarsest first, may stand in place of `images`. A row
+    that finishes with a picture ends after its scale `finest_scale`, if given: attention is causal, so the coarser
+    scales train as in the whole row. A column that is None counts as absent.
 
     Args:
         processor: the model's.

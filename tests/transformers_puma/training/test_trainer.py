@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from transformers import Trainer, TrainingArguments
 
 from transformers_puma.training import PumaDataCollator, PumaTrainer, PumaTrainingArguments, standardize_feature_heads
