@@ -299,8 +299,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
     def _check_source(self, prompts: Prompts, images: ImageGroups, image_features: Features | None) -> None:
         """Raises `ValueError` if there is nothing to draw from, or no component that could read it."""
         if image_features is not None:
-            if images is not None or not image_features:
-                raise ValueError("image_features must hold at least one scale, and take the place of an image")
+            if images is not None or not isinstance(image_features, dict) or not image_features:
+                raise ValueError("image_features must be a dict of at least one scale, and take the place of an image")
             return
         if prompts is None and images is None:
             raise ValueError("nothing to draw: pass a prompt, an image or image_features")
