@@ -24,7 +24,7 @@ from puma_cli.pictures import check_output, read_picture, write_png
 
 PROMPTS = ["tangerine in noto style", "green heart in twemoji style", "glowing star in fluent 3d style"]
 PICTURE = Path(__file__).parent / "assets" / "strawberry.png"
-QUESTION = "What is this?"
+QUESTION = "Which art style is this?"
 CELL = 128  # pixels
 
 
