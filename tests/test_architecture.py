@@ -94,3 +94,11 @@ def test_nothing_unpickles_code():
         assert not re.search(r"\b(pickle|joblib|dill)\b\.", text), path
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, path
+
+
+def test_the_shipped_models_copy_of_the_code_is_this_code():
+    """For `trust_remote_code`. After a change: `cp src/transformers_puma/NAME hub_configs/puma-emoji/`."""
+    copies = sorted((ROOT / "hub_configs/puma-emoji").glob("*.py"))
+    assert "modeling_puma.py" in {path.name for path in copies}
+    for path in copies:
+        assert path.read_text() == (ROOT / "src/transformers_puma" / path.name).read_text(), path.name

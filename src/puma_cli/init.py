@@ -1,9 +1,11 @@
 """`puma init`: a trainable model folder from a language model, an encoder and decoders."""
 
 import argparse
+from pathlib import Path
 
 from .errors import UserError
 from .folders import check_new_folder, progress_of
+from .model_source import HUB_ID
 
 
 def add_parser(subparsers) -> None:
@@ -27,8 +29,17 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make, new or empty")
 
 
+def check_source(option: str, name: str | None) -> None:
+    """Raises `UserError` for what is no folder and cannot be a name on the Hub, before anything is asked there."""
+    is_remote = name is None or name.startswith("open_clip:") or HUB_ID.fullmatch(name)
+    if not is_remote and not Path(name).is_dir():
+        raise UserError(f"{option} {name}: no such model folder")
+
+
 def run(args: argparse.Namespace) -> None:
     target = check_new_folder(args.out)
+    for option, name in (("--llm", args.llm), ("--vision", args.vision), ("--decoders", args.decoders)):
+        check_source(option, name)
 
     from diffusers_puma.initialization import initialize_puma
 

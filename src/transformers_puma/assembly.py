@@ -31,6 +31,7 @@ from .processing_puma import PumaProcessor, add_puma_tokens
 OPEN_CLIP = "open_clip:"
 MAX_SCALES = 5
 VOCABULARY_MULTIPLE = 64
+MAX_ANSWER_TOKENS = 128
 VISION_TOWER = {r"^model\.vision_tower\.": ""}
 
 
@@ -173,6 +174,8 @@ def _generation_config(
     ends = source.eos_token_id if isinstance(source.eos_token_id, list) else [source.eos_token_id]
     config.eos_token_id = sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    # An answer is a sentence or two; the default of transformers would cut it off after 20 tokens.
+    config.max_new_tokens = source.max_new_tokens or MAX_ANSWER_TOKENS
     return config
 
 

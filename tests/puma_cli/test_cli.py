@@ -363,3 +363,9 @@ class TestPictures:
         with pytest.raises(puma_cli.UserError, match="not writable"):
             check_output(tmp_path / "a.png")
         tmp_path.chmod(0o700)
+
+
+def test_init_names_the_part_that_is_not_there(capsys, tmp_path):
+    """At once: a bare name is no Hub id, so nothing is asked there."""
+    assert main(["init", "--llm", "nope", "--vision", "open_clip:A/b", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "puma: error: --llm nope: no such model folder\n"

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..processing_puma import IMAGE_TOKEN, PumaProcessor
+from ..processing_puma import BOX_MARK, IMAGE_TOKEN, PumaProcessor
 
 Row = dict[str, Any]
 
@@ -99,6 +99,11 @@ class PumaDataCollator:
         return starts[-1] + sum(self.tokens_per_scale[finest:])
 
     def _encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+        for text in (prompt, completion):
+            if not isinstance(text, str):
+                raise ValueError(f"prompt and completion must be texts, got a {type(text).__name__}: use 'messages'")
+            if BOX_MARK in text:
+                raise ValueError(f"{BOX_MARK} is not supported in training rows: {text!r}")
         given = self.processor.bos_ids + self.processor.encode_marked(prompt)
         written = self.processor.encode_marked(completion) + [self.processor.tokenizer.eos_token_id]
         return given + written, [False] * len(given) + [True] * len(written)

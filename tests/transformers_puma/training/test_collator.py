@@ -95,6 +95,8 @@ def test_long_rows_are_cut_with_their_pictures(processor, model, picture):
         ({"prompt": "a", "completion": "<image>", "images": []}, "holds 1 images but 0"),
         ({"text": "a", "images": [0]}, "holds 0 images but 1"),
         ({"caption": "a"}, "needs 'messages'"),
+        ({"prompt": "where is <box>?", "completion": "here"}, "<box> is not supported"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "must be texts, got a list"),
     ],
 )
 def test_bad_rows(collator, row, message):
