@@ -1,0 +1,138 @@
+"""Configuration of PUMA: a decoder-only language model, a CLIP vision encoder, and the scales between them."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .granularity import tokens_per_scale
+
+# LLaMA-3 8B with PUMA's rows appended to the vocabulary: 128256 + 227 added tokens, padded to a multiple of 64.
+LLAMA3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128512,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+CLIP_L14 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+@strict
+class PumaConfig(PreTrainedConfig):
+    """Configuration of `PumaModel` and `PumaForConditionalGeneration`. Without arguments: the report's 8B model.
+
+    Indexes of lists over scales are the scale: 0 is the finest, `num_scales - 1` the coarsest.
+
+    Args:
+        text_config: configuration (or its dict) of any decoder-only model of transformers.
+        vision_config: configuration (or its dict) of a CLIP vision model; its patch grid is scale 0.
+        num_scales: granularities, each pooled from the finer one (report equation 1).
+        scale_loss_weights: alpha per scale in the regression loss (report equation 2); by default the report's
+            1, 8, 64, 512, 1024 as far as there are scales.
+        text_loss_weight, image_loss_weight: weights of the two parts of the loss.
+        num_location_tokens: `<loc_i>` tokens that a box coordinate is quantised to.
+        input_scales: scales that the model reads of an image that it is given (report table 5); None is all.
+        image_token_id: placeholder at each image position.
+        image_start_token_id, image_end_token_id: `[IMG]` and `[/IMG]`.
+
+    Raises:
+        ValueError: inconsistent values; the message names the field.
+    """
+
+    model_type = "puma"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    num_scales: int = 5
+    scale_loss_weights: list[int | float] | None = None
+    text_loss_weight: float | int = 0.02
+    image_loss_weight: float | int = 1.0
+    num_location_tokens: int = 224
+    input_scales: list[int] | None = None
+    image_start_token_id: int = 128256
+    image_end_token_id: int = 128257
+    image_token_id: int = 128258
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.text_config = _sub_config("text_config", self.text_config, LLAMA3_8B)
+        self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_L14)
+        if self.scale_loss_weights is None:
+            self.scale_loss_weights = [1, 8, 64, 512, 1024][: self.num_scales]
+        # Saved with the text configuration by every backbone, read at the top level by the tying of weights.
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        super().__post_init__(**kwargs)
+        self._validate_puma()
+
+    def _validate_puma(self):
+        if self.text_config.is_encoder_decoder:
+            raise ValueError(f"text_config is of an encoder-decoder ({self.text_config.model_type}), not decoder-only")
+        if not hasattr(self.vision_config, "patch_size"):
+            raise ValueError(f"vision_config is of type {self.vision_config.model_type}, not of a CLIP vision model")
+        if self.num_location_tokens < 0:
+            raise ValueError(f"num_location_tokens={self.num_location_tokens} must not be negative")
+        if self.vision_config.image_size % self.vision_config.patch_size:
+            raise ValueError(
+                f"vision_config: image_size={self.vision_config.image_size} is not a multiple of "
+                f"patch_size={self.vision_config.patch_size}"
+            )
+        tokens_per_scale(self.grid_size, self.num_scales)
+        if len(self.scale_loss_weights) != self.num_scales:
+            raise ValueError(
+                f"scale_loss_weights={self.scale_loss_weights} must hold one weight for each of "
+                f"num_scales={self.num_scales}"
+            )
+        unknown = [scale for scale in self.input_scales or [] if not 0 <= scale < self.num_scales]
+        if unknown or self.input_scales == []:
+            raise ValueError(f"input_scales={self.input_scales} must name scales 0..{self.num_scales - 1}")
+        ids = {}
+        for field in ("image_token_id", "image_start_token_id", "image_end_token_id"):
+            token_id = getattr(self, field)
+            if not 0 <= token_id < self.text_config.vocab_size:
+                raise ValueError(f"{field}={token_id} is outside the vocabulary of {self.text_config.vocab_size}")
+            if token_id in ids:
+                raise ValueError(f"{field}={token_id} is the same as {ids[token_id]}")
+            ids[token_id] = field
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the scale-0 grid, in tokens."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def tokens_per_scale(self) -> list[int]:
+        """Token counts k_0..k_N, finest first: `[256, 64, 16, 4, 1]`."""
+        return tokens_per_scale(self.grid_size, self.num_scales)
+
+    @property
+    def image_seq_length(self) -> int:
+        """Positions that one image takes between `[IMG]` and `[/IMG]`: 341."""
+        return sum(self.tokens_per_scale)
+
+
+def _sub_config(field: str, config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
+    if config is None:
+        config = default
+    if isinstance(config, dict):
+        config = dict(config)
+        model_type = config.pop("model_type", default["model_type"])
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"{field}: transformers knows no model_type {model_type!r}")
+        config = CONFIG_MAPPING[model_type](**config)
+    return config

@@ -1,0 +1,50 @@
+"""The two parts of PUMA's loss (report equation 2). Pure functions, shared by training and evaluation."""
+
+import torch
+import torch.nn.functional as F
+
+
+def text_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Cross entropy of next-token prediction, averaged over supervised text tokens.
+
+    Args:
+        logits: (B, T, V); those at position t predict the label at t + 1.
+        labels: (B, T) token ids, -100 where nothing is supervised.
+        num_items: supervised tokens of the global batch; by default those of this one.
+    """
+    targets = labels[:, 1:].to(logits.device)
+    supervised = targets != -100
+    # Most positions are image tokens without a label: leave them out before the copy in fp32.
+    total = F.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="sum")
+    return total / _count(num_items, supervised.sum())
+
+
+def image_loss(
+    predicted: torch.Tensor,
+    target: torch.Tensor,
+    scales: torch.Tensor,
+    scale_weights: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Squared error of features, weighted per scale and averaged over supervised image tokens.
+
+    Args:
+        predicted, target: (n, C) features of the n supervised image tokens.
+        scales: (n,) the scale of each token.
+        scale_weights: (num_scales,) alpha of each scale.
+        num_items: supervised image tokens of the global batch; by default n.
+    """
+    weighted = scale_weights[scales] * squared_error(predicted, target)
+    return weighted.sum() / _count(num_items, torch.tensor(len(scales), device=weighted.device))
+
+
+def squared_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """(n,) squared error of each token, averaged over channels, in fp32."""
+    return (predicted.float() - target.float()).square().mean(-1)
+
+
+def _count(num_items: torch.Tensor | int | None, counted: torch.Tensor) -> torch.Tensor:
+    """The denominator; at least 1, so that a batch without supervised tokens of a kind gives an exact zero."""
+    if num_items is None:
+        return counted.clamp(min=1)
+    return torch.as_tensor(num_items, device=counted.device).clamp(min=1)

@@ -1,0 +1,325 @@
+"""Text and pictures (and boxes) to the ids and pixels that PUMA reads, and back.
+
+`<image>` and `<box>` are markup in the texts that users write for `PumaProcessor.__call__`, and `<image>` in training
+rows. Prompts and questions that come from elsewhere go through `prepare_generation` and `prepare_question`, where
+nothing is markup.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerBase
+from transformers.image_utils import get_image_size, make_nested_list_of_images, to_numpy_array
+from transformers.processing_utils import ProcessorMixin
+
+from .image_processing_puma import PumaImageProcessor
+
+IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN = "[IMG]", "[/IMG]", "<image>"
+BOX_MARK = "<box>"
+# Private-use characters around text that must stay text while a chat template is rendered.
+SHIELD = "\ue000\ue001"
+MARKUP = re.compile(f"{re.escape(IMAGE_TOKEN)}|{re.escape(BOX_MARK)}")
+
+# The report's system message, in Vicuna's format; `{% generation %}` marks what an assistant message supervises.
+CHAT_TEMPLATE = (
+    "{%- macro render(content) -%}"
+    "{%- if content is string -%}{{ content }}{%- else -%}"
+    "{%- for part in content -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- else -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- endmacro -%}"
+    "{{- bos_token -}}"
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{{- render(messages[0]['content']) -}}{%- set turns = messages[1:] -%}"
+    "{%- else -%}"
+    "{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user\\'s questions.' -}}{%- set turns = messages -%}"
+    "{%- endif -%}"
+    "{%- for message in turns -%}"
+    "{%- if message['role'] == 'user' -%}{{- ' USER: ' + render(message['content']) -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- ' ASSISTANT:' -}}{%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- raise_exception('unknown role ' + message['role'] + "
+    "': expected system (first), user or assistant') -}}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
+)
+
+Box = Sequence[float]
+
+
+def location_token(index: int) -> str:
+    return f"<loc_{index}>"
+
+
+def add_puma_tokens(tokenizer: PreTrainedTokenizerBase, num_location_tokens: int = 224) -> int:
+    """Adds `[IMG]`, `[/IMG]`, the image placeholder and the location tokens to a language model's tokenizer, in place.
+
+    Left padding, and end-of-sequence as padding where the tokenizer has none, as generation needs them.
+
+    Returns:
+        The number of tokens that were new (227 for 224 location tokens).
+    """
+    tokens = [IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN, *map(location_token, range(num_location_tokens))]
+    tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # what `save_pretrained` writes
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    known = tokenizer.get_vocab()
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens})
+    return sum(token not in known for token in tokens)
+
+
+class PumaProcessor(ProcessorMixin):
+    """Image processor and tokenizer of PUMA.
+
+    Args:
+        image_processor: resizes and normalises pictures for the encoder.
+        tokenizer: the language model's, after `add_puma_tokens`.
+        image_seq_length: placeholders of one image (341).
+        num_location_tokens: location tokens, the resolution of a box coordinate.
+    """
+
+    def __init__(
+        self,
+        image_processor: PumaImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        image_seq_length: int = 341,
+        num_location_tokens: int = 224,
+        chat_template: str | None = None,
+    ):
+        self.image_seq_length = image_seq_length
+        self.num_location_tokens = num_location_tokens
+        self.image_token = IMAGE_TOKEN
+        vocabulary = tokenizer.get_vocab()
+        for token in (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN, location_token(num_location_tokens - 1)):
+            if token not in vocabulary:
+                raise ValueError(f"the tokenizer has no token {token!r}: prepare it with add_puma_tokens")
+        self.image_start_token_id = vocabulary[IMAGE_START_TOKEN]
+        self.image_end_token_id = vocabulary[IMAGE_END_TOKEN]
+        self.image_token_id = vocabulary[IMAGE_TOKEN]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        generation_mode: str = "text",
+        boxes: list | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Each `<image>` in a text takes the next image and becomes `[IMG]`, placeholders and `[/IMG]`.
+
+        Args:
+            images: a picture, a list of them, or a list for each text.
+            text: one text or a batch.
+            generation_mode: `"image"` ends each text with `[IMG]`, so that the model draws next.
+            boxes: for each text (for one text: directly) its boxes, (x_min, y_min, x_max, y_max) in pixels of the
+                original picture. Each `<box>` takes the next one; it belongs to the nearest image before it, else to
+                the text's first.
+            kwargs: of the tokenizer and the image processor, as in transformers.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, T), `pixel_values` (n, 3, height, width).
+
+        Raises:
+            ValueError: images or boxes that do not match the marks in the text, with both numbers.
+        """
+        if generation_mode not in ("text", "image"):
+            raise ValueError(f"generation_mode={generation_mode!r} must be 'text' or 'image'")
+        if text is not None:
+            is_batch = not isinstance(text, str)
+            texts = list(text) if is_batch else [text]
+            if boxes is not None:
+                self._check_image_count(texts, images)
+                texts = self._write_boxes(texts, boxes if is_batch else [boxes], images)
+            elif any(BOX_MARK in sample for sample in texts):
+                raise ValueError(
+                    f"the text holds {sum(s.count(BOX_MARK) for s in texts)} {BOX_MARK} but 0 boxes were given"
+                )
+            text = [sample + IMAGE_START_TOKEN for sample in texts] if generation_mode == "image" else texts
+            if images is not None and not any(_nested_images(images)):
+                images = None  # a list without pictures, which has no pixels
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        if text is not None:
+            self._check_image_count([text] if isinstance(text, str) else text, images)
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _check_image_count(self, texts: list[str], images):
+        marks = [sample.count(IMAGE_TOKEN) for sample in texts]
+        given = [] if images is None else _nested_images(images)
+        # A list for each text is matched text by text, a flat list over the whole batch.
+        per_text = (
+            isinstance(images, (list, tuple)) and len(given) == len(texts) and isinstance(images[0], (list, tuple))
+        )
+        counts = [len(group) for group in given]
+        if (marks != counts) if per_text else (sum(marks) != sum(counts)):
+            found, passed = (marks, counts) if per_text else (sum(marks), sum(counts))
+            raise ValueError(f"the text holds {found} {IMAGE_TOKEN} but {passed} images were given")
+
+    def _write_boxes(self, texts: list[str], boxes: list, images) -> list[str]:
+        if len(boxes) != len(texts):
+            raise ValueError(f"boxes for {len(boxes)} texts were given, but there are {len(texts)} texts")
+        sizes = iter(
+            [_size(image) for group in _nested_images(images) for image in group] if images is not None else []
+        )
+        written = []
+        for sample, sample_boxes in zip(texts, boxes, strict=True):
+            sample_sizes = [next(sizes) for _ in range(sample.count(IMAGE_TOKEN))]
+            if sample.count(BOX_MARK) != len(sample_boxes or []):
+                given = len(sample_boxes or [])
+                raise ValueError(f"the text holds {sample.count(BOX_MARK)} {BOX_MARK} but {given} boxes were given")
+            if sample_boxes and not sample_sizes:
+                raise ValueError(f"the text {sample!r} has boxes but no {IMAGE_TOKEN} that they belong to")
+            queue = list(sample_boxes or [])
+            pieces = re.split(f"({MARKUP.pattern})", sample)
+            seen = 0
+            for i, piece in enumerate(pieces):
+                seen += piece == IMAGE_TOKEN
+                if piece == BOX_MARK:
+                    pieces[i] = self.format_box(queue.pop(0), sample_sizes[max(seen - 1, 0)])
+            written.append("".join(pieces))
+        return written
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return IMAGE_START_TOKEN + IMAGE_TOKEN * self.image_seq_length + IMAGE_END_TOKEN
+
+    def format_box(self, box: Box, size: tuple[int, int]) -> str:
+        """Four location tokens for (x_min, y_min, x_max, y_max) in pixels of a picture of `size` (width, height).
+
+        Raises:
+            ValueError: a box without area, or wholly outside the picture.
+        """
+        width, height = size
+        x_min, y_min, x_max, y_max = box
+        if x_min >= x_max or y_min >= y_max or x_max <= 0 or y_max <= 0 or x_min >= width or y_min >= height:
+            raise ValueError(
+                f"box {tuple(box)} has no area within a picture of {width} x {height} (expected xyxy pixels)"
+            )
+        last = self.num_location_tokens - 1
+        fractions = (x_min / width, y_min / height, x_max / width, y_max / height)
+        return "".join(
+            location_token(min(max(int(fraction * self.num_location_tokens // 1), 0), last)) for fraction in fractions
+        )
+
+    def parse_boxes(self, text: str, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
+        """Boxes in a text, in pixels of a picture of `size` (width, height): the centres of the quantised cells."""
+        width, height = size
+        four = re.compile(r"\s*".join([r"<loc_(\d+)>"] * 4))
+        cells = [[(int(index) + 0.5) / self.num_location_tokens for index in match] for match in four.findall(text)]
+        return [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in cells]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is a special token, without BOS or EOS."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def encode_marked(self, text: str) -> list[int]:
+        """As `encode_plain`, but `<image>` is a whole image (`[IMG]`, placeholders, `[/IMG]`)."""
+        pieces = text.split(IMAGE_TOKEN)
+        ids = self.encode_plain(pieces[0]) if pieces[0] else []
+        for piece in pieces[1:]:
+            ids += self.image_ids + (self.encode_plain(piece) if piece else [])
+        return ids
+
+    @property
+    def image_ids(self) -> list[int]:
+        """Ids of one image: `[IMG]`, placeholders, `[/IMG]`."""
+        return [self.image_start_token_id, *[self.image_token_id] * self.image_seq_length, self.image_end_token_id]
+
+    @property
+    def bos_ids(self) -> list[int]:
+        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+
+    def prepare_generation(self, prompts: list[str], images: list[list[Image.Image]] | None = None) -> BatchFeature:
+        """Inputs of `generate_image_features`: BOS, the prompt's images, the prompt as plain text, `[IMG]`;
+        left-padded.
+
+        Args:
+            prompts: plain texts; nothing in them becomes a special token.
+            images: for each prompt the pictures that it is about.
+
+        Raises:
+            ValueError: not a list of prompts, or another number of lists of images.
+        """
+        images = images or [[] for _ in prompts]
+        _check_batch(prompts, images, "prompts")
+        rows = [
+            self.bos_ids + self.image_ids * len(group) + self.encode_plain(prompt) + [self.image_start_token_id]
+            for prompt, group in zip(prompts, images, strict=True)
+        ]
+        return self._pad_left(rows, images)
+
+    def _pad_left(self, rows: list[list[int]], images: list[list[Image.Image]]) -> BatchFeature:
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        flat = [image for group in images for image in group]
+        if flat:
+            inputs["pixel_values"] = self.image_processor(flat, return_tensors="pt")["pixel_values"]
+        return BatchFeature(inputs)
+
+    def prepare_question(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
+        """Inputs of `generate` for plain-text questions, each about its pictures, in the chat format; left-padded.
+
+        Raises:
+            ValueError: not a list of questions, or another number of lists of images.
+        """
+        _check_batch(questions, images, "questions")
+        rows = []
+        for question, group in zip(questions, images, strict=True):
+            content = [*({"type": "image"} for _ in group), {"type": "text", "text": self._shield(question)}]
+            chat = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            rows.append(self._encode_shielded(chat))
+        return self._pad_left(rows, images)
+
+    def _shield(self, text: str) -> str:
+        """Wraps what would become a special token, for `_encode_shielded`."""
+        special = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
+        return re.sub(special, lambda match: f"{SHIELD[0]}{match[0]}{SHIELD[1]}", text)
+
+    def _encode_shielded(self, text: str) -> list[int]:
+        """Ids of a rendered chat in which shielded pieces are plain text and `<image>` is a whole image."""
+        ids = []
+        for i, piece in enumerate(re.split(f"{SHIELD[0]}(.*?){SHIELD[1]}", text)):
+            if i % 2:
+                ids += self.encode_plain(piece)
+            elif piece:
+                expanded = piece.replace(IMAGE_TOKEN, self.replace_image_token({}, 0))
+                ids += self.tokenizer.encode(expanded, add_special_tokens=False)
+        return ids
+
+    def decode_answers(self, sequences: torch.LongTensor, prompt_length: int) -> list[str]:
+        """Texts that `generate` wrote after prompts of `prompt_length`, without special tokens other than
+        locations."""
+        locations = {self.tokenizer.convert_tokens_to_ids(location_token(i)) for i in range(self.num_location_tokens)}
+        dropped = set(self.tokenizer.all_special_ids) - locations
+        answers = [[i for i in row if i not in dropped] for row in sequences[:, prompt_length:].tolist()]
+        return [self.tokenizer.decode(answer).strip() for answer in answers]
+
+
+def _check_batch(texts: list[str], images: list[list[Image.Image]], name: str):
+    if isinstance(texts, str):
+        raise ValueError(f"{name} must be a list of strings, got the string {texts!r}")
+    if len(texts) != len(images):
+        raise ValueError(f"got {len(texts)} {name} but {len(images)} lists of images: expected one for each")
+
+
+def _nested_images(images) -> list[list]:
+    """Pictures per text; a flat list counts as one picture for each text."""
+    if isinstance(images, (list, tuple)) and images and not isinstance(images[0], (list, tuple)):
+        return [[image] for image in images]
+    if isinstance(images, (list, tuple)):
+        return [list(group) for group in images]
+    return make_nested_list_of_images(images)
+
+
+def _size(image) -> tuple[int, int]:
+    """(width, height) of a picture."""
+    if isinstance(image, Image.Image):
+        return image.size
+    height, width = get_image_size(to_numpy_array(image))
+    return width, height
