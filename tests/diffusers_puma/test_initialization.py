@@ -444,7 +444,7 @@ class TestCommand:
             ({"--vision": "open_clip:ViT-L-14"}, "must be open_clip:ARCH/TAG"),
             ({"--vision": "open_clip:ViT-Q-14/openai"}, "no architecture 'ViT-Q-14'"),
             ({"--llm": str(ENCODER)}, "which writes no text"),
-            ({"--decoders": "./missing"}, "./missing is no folder, and cannot be downloaded from the Hub"),
+            ({"--decoders": "./missing"}, "--decoders ./missing: no such model folder"),
             ({"--out": str(RELEASE)}, "must be a new or an empty folder"),
         ],
     )
