@@ -33,8 +33,8 @@ class PumaTrainer(Trainer):
         for module in self.model.modules():
             if isinstance(module, PumaModel):
                 module.vision_tower.requires_grad_(False)
-        # The two counts make the loss of each micro-batch its share of the global batch.
-        self.loss_is_scaled_for_ga = True
+        # The two counts make the loss of each micro-batch its share of the global batch: nothing more to divide by.
+        self.model_accepts_loss_kwargs = True
         self._logged_parts: list[torch.Tensor] = []
 
     def create_optimizer(self, model=None):
