@@ -10,6 +10,7 @@ Legend: B pictures in a batch, n pictures of a split; pixels are (B, 3, H, W) in
 import json
 import os
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,9 +122,9 @@ class EmojiTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._num_sums = 0
 
+    @abstractmethod
     def make_batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The model's inputs for these rows of the pictures."""
-        raise NotImplementedError
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = self.make_batch(self.pictures.draw(inputs["group"].cpu()))
