@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 COLOURINGS = ("", " in grey", " in inverted colours")
 COLOURING_WEIGHTS = (0.90, 0.05, 0.05)
-TEXT_COLUMNS = ["name", "style", "tags", "base", "codepoints", "group"]
+TEXT_COLUMNS = ["name", "style", "tags", "base", "codepoints", "group", "tone", "gender"]
 
 
 @dataclass
