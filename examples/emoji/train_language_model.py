@@ -49,6 +49,9 @@ class LanguageModelArguments:
     encoder: str = field(default="runs/emoji/encoder", metadata={"help": "the trained encoder"})
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     num_layers: int = field(default=4, metadata={"help": "depth of the language model"})
+    image_decoding: str = field(default="autoregressive", metadata={"help": "how an image is written, see PumaConfig"})
+    image_head: str = field(default="regression", metadata={"help": "regression or flow, see PumaConfig"})
+    processor: str | None = field(default=None, metadata={"help": "use this saved one; None trains a tokenizer"})
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
@@ -81,14 +84,14 @@ def build_processor(texts: list[str], encoder: CLIPVisionModel, num_scales: int 
 
 
 def build_model(
-    processor: PumaProcessor, encoder: CLIPVisionModel, hidden_size: int, num_layers: int
+    processor: PumaProcessor, encoder: CLIPVisionModel, options: LanguageModelArguments
 ) -> PumaForConditionalGeneration:
-    tokenizer = processor.tokenizer
+    tokenizer, hidden_size = processor.tokenizer, options.hidden_size
     text_config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=hidden_size,
         intermediate_size=-(-hidden_size * 8 // 3 // 32) * 32,
-        num_hidden_layers=num_layers,
+        num_hidden_layers=options.num_layers,
         num_attention_heads=hidden_size // 64,
         num_key_value_heads=hidden_size // 64,
         max_position_embeddings=2048,
@@ -103,6 +106,8 @@ def build_model(
         image_token_id=processor.image_token_id,
         image_start_token_id=processor.image_start_token_id,
         image_end_token_id=processor.image_end_token_id,
+        image_decoding=options.image_decoding,
+        image_head=options.image_head,
     )
     model = PumaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(encoder.state_dict())
@@ -157,9 +162,11 @@ def main() -> None:
     texts = load_pictures(stage.data)["train"].texts
     encoder = CLIPVisionModel.from_pretrained(options.encoder)
     features = load_cache(options.cache, "train")["features"]
-    processor = build_processor(texts, encoder)
+    processor = (
+        PumaProcessor.from_pretrained(options.processor) if options.processor else build_processor(texts, encoder)
+    )
     torch.manual_seed(arguments.seed)
-    model = build_model(processor, encoder, options.hidden_size, options.num_layers)
+    model = build_model(processor, encoder, options)
     standardize_feature_heads(model, *feature_statistics(features.split(512), features.shape[1]))
     train(model, processor, stage, arguments, options.cache, TaskMix())
 
