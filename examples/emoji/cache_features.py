@@ -1,7 +1,7 @@
 """Encode every picture once: encoder features and VAE latents, for the stages that train on them.
 
-    python examples/emoji/cache_features.py --data data/emoji --encoder runs/emoji/encoder --vae runs/emoji/vae \
-        --out runs/emoji/cache
+    python examples/emoji/cache_features.py --data data/emoji --scenes data/emoji-scenes \
+        --encoder runs/emoji/encoder --vae runs/emoji/vae --out runs/emoji/cache
 """
 
 import argparse
@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from build_dataset import load_emoji, to_uint8
+from build_scenes import load_scenes
 from diffusers import AutoencoderKL
-from emoji_training import EmojiPictures, load_pictures
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPVisionModel
@@ -33,20 +34,25 @@ def encode(encoder: CLIPVisionModel, vae: AutoencoderKL, pixels: torch.Tensor) -
     return {"features": features.half().cpu(), "latents": latents.half().cpu()}
 
 
-def cache(pictures: EmojiPictures, encoder: CLIPVisionModel, vae: AutoencoderKL, name: str) -> dict[str, torch.Tensor]:
-    batches = torch.arange(len(pictures)).split(128)
-    parts = [encode(encoder, vae, pictures[rows]) for rows in tqdm(batches, desc=f"encoding {name}")]
+def cache(pixels: torch.Tensor, encoder: CLIPVisionModel, vae: AutoencoderKL, name: str) -> dict[str, torch.Tensor]:
+    """`encode` of uint8 `pixels` (n, H, W, 3), batch by batch."""
+    batches = tqdm(pixels.split(128), desc=f"encoding {name}")
+    parts = [encode(encoder, vae, batch.permute(0, 3, 1, 2).float() / 255) for batch in batches]
     return {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]}
 
 
 def load_cache(folder: str, split: str) -> dict[str, torch.Tensor]:
-    """`features` (n, k_0, C), `latents` (n, 4, h, w) and `null_features` (1, k_0, C) of the black picture."""
+    """`features` (n, k_0, C), `latents` (n, 4, h, w) and `null_features` (1, k_0, C) of the black picture.
+
+    `split` is one of the emoji data, or one of the scenes with "scenes_" before it.
+    """
     return load_file(Path(folder, f"{split}.safetensors"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="data/emoji")
+    parser.add_argument("--scenes", default="data/emoji-scenes")
     parser.add_argument("--encoder", default="runs/emoji/encoder")
     parser.add_argument("--vae", default="runs/emoji/vae")
     parser.add_argument("--out", default="runs/emoji/cache")
@@ -62,9 +68,11 @@ def main() -> None:
     partial.mkdir(parents=True)
     size = encoder.config.image_size
     null_features = encode(encoder, vae, torch.zeros(1, 3, size, size))["features"].contiguous()
-    for split, pictures in load_pictures(arguments.data).items():
-        tensors = cache(pictures, encoder, vae, split)
-        save_file({**tensors, "null_features": null_features}, partial / f"{split}.safetensors")
+    splits = load_emoji(arguments.data)
+    splits |= {f"scenes_{name}": split for name, split in load_scenes(arguments.scenes).items()}
+    for name, split in splits.items():
+        tensors = cache(torch.from_numpy(to_uint8(split)), encoder, vae, name)
+        save_file({**tensors, "null_features": null_features}, partial / f"{name}.safetensors")
     os.replace(partial, arguments.out)
 
 

@@ -31,8 +31,8 @@ class Stage:
     needs: tuple[str, ...] = ()
 
 
-def stages(data: Path, runs: Path, out: Path, preset: str, max_steps: int | None) -> list[Stage]:
-    """All stages, in order. `max_steps` cuts each training short, to try the recipe out."""
+def stages(data: Path, scenes: Path, runs: Path, out: Path, preset: str, max_steps: int | None) -> list[Stage]:
+    """All stages, in order. `max_steps` cuts each training and the scenes short, to try the recipe out."""
     training = ["--data", str(data), "--preset", preset]
     if max_steps is not None:
         training += ["--max_steps", str(max_steps), "--warmup_steps", "0"]
@@ -42,6 +42,10 @@ def stages(data: Path, runs: Path, out: Path, preset: str, max_steps: int | None
     def trained(name: str, script: str, result: Path, *arguments: str | Path, needs: tuple[str, ...]) -> Stage:
         return Stage(name, script, [*training, "--out", str(result), *map(str, arguments)], result, needs)
 
+    sources = ["--data", str(data), "--scenes", str(scenes)]
+    composing = ["--data", str(data), "--out", str(scenes)]
+    if max_steps is not None:
+        composing += ["--share", "0.01"]
     language_model = ["--cache", cache, "--encoder", encoder]
     tuned = runs / "mllm_tuned"
     tuning = ["--cache", cache, "--pretrained", mllm]
@@ -52,14 +56,15 @@ def stages(data: Path, runs: Path, out: Path, preset: str, max_steps: int | None
     parts = ["--runs", str(runs), "--out", str(out)]
     return [
         Stage("data", "build_dataset.py", ["--out", str(data)], data),
+        Stage("scenes", "build_scenes.py", composing, scenes, ("data",)),
         trained("encoder", "train_encoder.py", encoder, needs=("data",)),
         trained("vae", "train_vae.py", vae, needs=("data",)),
         Stage(
             "cache",
             "cache_features.py",
-            ["--data", str(data), "--encoder", str(encoder), "--vae", str(vae), "--out", str(cache)],
+            [*sources, "--encoder", str(encoder), "--vae", str(vae), "--out", str(cache)],
             cache,
-            ("encoder", "vae"),
+            ("encoder", "vae", "scenes"),
         ),
         trained("mllm", "train_language_model.py", mllm, *language_model, needs=("cache",)),
         *decoders,
@@ -130,6 +135,7 @@ def run(todo: list[Stage], logs: Path, jobs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--scenes", type=Path, help="folder of the composed scenes (default: DATA-scenes)")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/emoji"), help="folder of the parts, logs and checkpoints"
     )
@@ -140,7 +146,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    todo = stages(arguments.data, arguments.runs, arguments.out, arguments.preset, arguments.max_steps)
+    scenes = arguments.scenes or arguments.data.with_name(f"{arguments.data.name}-scenes")
+    todo = stages(arguments.data, scenes, arguments.runs, arguments.out, arguments.preset, arguments.max_steps)
     run(todo, arguments.runs, arguments.jobs)
     print(f"the model is in {arguments.out}")
 
