@@ -1,56 +1,36 @@
-"""Writing images: feature by feature, coarse to fine, alone or inside stock text generation (report section 3.3).
+"""Writing images, coarse to fine, alone or between pieces of text (report section 3.3).
 
-Each predicted feature is projected and fed back as the next input, so one picture costs as many passes of the language
-model as it has tokens down to the scale asked for. Regression is deterministic: nothing here takes a seed.
+How many passes of the language model a picture costs, and what each is fed, is `config.image_decoding`'s; see
+`image_decoding_puma`. Regression is deterministic; a flow head draws its noise from `generator`.
+
+Legend: B rows, T positions, n images, S tokens of an image, k_i of scale i, C feature channels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
-from .granularity import split_scales
+from .granularity import flatten_scales, scale_of_position, split_scales
+from .image_decoding_puma import decoding_passes
+from .image_positions_puma import ImagePositions
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
 class InterleavedOutput:
     """What `generate_interleaved` wrote.
 
-    sequences: (B, T) prompt and continuation ids, as from `generate`.
+    sequences: (B, T) prompt and continuation ids, padded on the right.
     segments: per row, in the order of writing: (n,) ids of a piece of text, or an image as `{scale: (k_scale, C)}`. An
         image that the length limit cut short holds the scales that were completed.
     """
 
     sequences: torch.Tensor
     segments: list[list[torch.Tensor | dict[int, torch.Tensor]]]
-
-
-class ImageSpanLogitsProcessor(LogitsProcessor):
-    """After `[IMG]` forces as many placeholders as an image has, then `[/IMG]`; forbids both anywhere else."""
-
-    def __init__(self, prompt_length: int, start_id: int, token_id: int, end_id: int, image_seq_length: int):
-        self.prompt_length = prompt_length
-        self.start_id, self.token_id, self.end_id = start_id, token_id, end_id
-        self.image_seq_length = image_seq_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # A prompt may itself end in `[IMG]`; nothing before its last token can open a span of the continuation.
-        written = input_ids[:, self.prompt_length - 1 :]
-        position = torch.arange(written.shape[1], device=written.device)
-        opened = torch.where(written == self.start_id, position, -1).max(dim=1).values
-        length = position[-1] - opened
-        inside = (opened >= 0) & (length < self.image_seq_length)
-        complete = (opened >= 0) & (length == self.image_seq_length)
-
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.clone()
-        scores[:, [self.token_id, self.end_id]] = lowest
-        for rows, forced in ((inside, self.token_id), (complete, self.end_id)):
-            scores[rows] = lowest
-            scores[rows, forced] = 0
-        return scores
 
 
 class PumaGenerationMixin(GenerationMixin):
@@ -64,6 +44,9 @@ class PumaGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         scale: int = 0,
         callback: Callable[[int, int], None] | None = None,
+        generator: Generators = None,
+        image_features: torch.Tensor | None = None,
+        image_loss_mask: torch.Tensor | None = None,
     ) -> dict[int, torch.Tensor]:
         """Features of one image for each prompt, from the coarsest scale down to `scale`.
 
@@ -72,13 +55,17 @@ class PumaGenerationMixin(GenerationMixin):
             attention_mask: (B, T); by default nothing is padding.
             pixel_values: (n, 3, height, width), the images in the prompts.
             scale: the finest scale to generate.
-            callback: called as `callback(step, num_steps)` after each of the sum of k_i, i >= `scale`, passes.
+            callback: called as `callback(pass, num_passes)` after each pass of the language model: the sum of k_i,
+                i >= `scale`, for autoregressive decoding, one for each scale or one in all for the others.
+            generator: of the flow head's noise; a list with one for each row makes each row the same in any batch.
+            image_features, image_loss_mask: (n, S, C) and (n,), in place of `pixel_values`, as in `forward`.
 
         Returns:
             `{scale: (B, k_scale, C)}`.
 
         Raises:
-            ValueError: a scale that the model does not have, or a prompt that does not end with `[IMG]`.
+            ValueError: a scale that the model does not have, a prompt that does not end with `[IMG]`, or another
+                number of generators than rows.
         """
         if not 0 <= scale < self.config.num_scales:
             raise ValueError(f"scale={scale} must be one of 0..{self.config.num_scales - 1}")
@@ -86,31 +73,90 @@ class PumaGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"every prompt must end with [IMG] (id {self.config.image_start_token_id}) and be left-padded"
             )
+        if isinstance(generator, list) and len(generator) != len(input_ids):
+            raise ValueError(f"got {len(generator)} generators for {len(input_ids)} prompts")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
 
-        num_steps = sum(self.config.tokens_per_scale[scale:])
-        cache = DynamicCache(config=self.config.get_text_config())
-        # The mask of all steps at once: each pass sees as much of it as there are keys.
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(input_ids), num_steps)], dim=1)
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        counts = self.config.tokens_per_scale
+        passes = decoding_passes(self.config.image_decoding, counts, scale)
+        scales = scale_of_position(counts).to(input_ids.device)
+        noise = self._feature_noise(len(input_ids), scale, generator, input_ids.device)
+        features = self.model.projector.weight.new_zeros(len(input_ids), 0, self.config.vision_config.hidden_size)
 
-        past, inputs = 0, {"input_ids": input_ids, "pixel_values": pixel_values}
-        features = []
-        for step in range(num_steps):
-            length = past + (input_ids.shape[1] if step == 0 else 1)
+        # The mask of all passes at once: each sees as much of it as there are keys.
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(input_ids), sum(counts))], dim=1)
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.config.get_text_config())
+        inputs_embeds, blocks = self._embed_prompt(input_ids, pixel_values, image_features, image_loss_mask)
+        past = 0
+        for number, (fed, written) in enumerate(passes):
+            if fed.stop > fed.start:
+                states = self.model.written_states(features, fed)
+                inputs_embeds = torch.cat([inputs_embeds, states.to(inputs_embeds)], dim=1)
+                if blocks is not None:  # what one pass is fed is of one scale; no prompt has as many blocks
+                    own = blocks.new_full((len(blocks), states.shape[1]), torch.iinfo(blocks.dtype).max)
+                    blocks = torch.cat([blocks, own], dim=1)
+            length = past + inputs_embeds.shape[1]
             hidden_states = self.model(
-                **inputs,
+                inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask[:, :length],
                 position_ids=position_ids[:, past:length],
                 past_key_values=cache,
                 use_cache=True,
+                attention_blocks=blocks,
             ).last_hidden_state
-            features.append(self.image_head(hidden_states[:, -1:]))
-            past, inputs = length, {"inputs_embeds": self.model.projector(features[-1])}
+            new = self.image_head.predict(
+                hidden_states[:, -(written.stop - written.start) :],
+                scales[written],
+                noise[:, written] if noise is not None else None,
+                self.config.flow_num_steps,
+            )
+            features = torch.cat([features, new], dim=1)
+            past, inputs_embeds = length, inputs_embeds[:, :0]
+            blocks = blocks[:, :0] if blocks is not None else None
             if callback is not None:
-                callback(step + 1, num_steps)
-        return split_scales(torch.cat(features, dim=1), self.config.tokens_per_scale)
+                callback(number + 1, len(passes))
+        return split_scales(features, counts)
+
+    def _embed_prompt(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        image_loss_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, H) embeddings of text and images, and (B, T) their attention blocks where there are such."""
+        if pixel_values is not None:
+            image_features = flatten_scales(self.encode_image(pixel_values))
+        if image_features is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            positions = ImagePositions.find(input_ids, self.config.image_token_id)
+        else:
+            inputs_embeds, positions = self.model.embed(input_ids, image_features, image_loss_mask)
+        is_blockwise = self.config.image_decoding == "next_scale"
+        return inputs_embeds, positions.scale_blocks(self.config.tokens_per_scale) if is_blockwise else None
+
+    def _feature_noise(
+        self, num_rows: int, scale: int, generator: Generators, device: torch.device
+    ) -> torch.Tensor | None:
+        """(B, sum of k_i, C) unit noise for a flow head, drawn scale by scale: a finer `scale` changes no coarser one."""
+        if self.config.image_head != "flow":
+            return None
+        channels = self.config.vision_config.hidden_size
+        generators = generator if isinstance(generator, list) else [generator]
+        rows = num_rows // len(generators)
+        parts = [
+            torch.cat(
+                [
+                    # On the generator's own device: the same seed gives the same noise on any.
+                    torch.randn(rows, count, channels, generator=g, device=g.device if g else device).to(device)
+                    for g in generators
+                ]
+            )
+            for count in reversed(self.config.tokens_per_scale[scale:])
+        ]
+        return torch.cat(parts, dim=1)
 
     @torch.no_grad()
     def generate_interleaved(
@@ -118,13 +164,21 @@ class PumaGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        max_new_tokens: int = 1024,
+        generator: torch.Generator | None = None,
         **generate_kwargs,
     ) -> InterleavedOutput:
         """Text and images in the order in which the model writes them; it chooses when to draw.
 
-        Greedy search or sampling through stock `generate`, also where the model's own settings say beams: placeholder
-        ids take part in its bookkeeping, and the features travel beside them. Each image takes `image_seq_length` + 2
-        of `max_new_tokens`.
+        Text comes from stock `generate`, greedy or sampled, until `[IMG]`; the image from `generate_image_features`;
+        and so on in turns, a batch of rows at a time.
+
+        Args:
+            input_ids, attention_mask: (B, T), padded on either side.
+            pixel_values: (n, 3, height, width), the images in the prompts.
+            max_new_tokens: for each row; an image takes `image_seq_length` + 2 of them.
+            generator: of a flow head's noise.
+            generate_kwargs: of `generate`, for the text.
 
         Raises:
             ValueError: `num_beams`, `num_return_sequences` or an assistant model, which would reorder rows.
@@ -132,64 +186,113 @@ class PumaGenerationMixin(GenerationMixin):
         for name in ("num_beams", "num_return_sequences", "assistant_model"):
             if generate_kwargs.get(name) not in (None, 1):
                 raise ValueError(f"{name}={generate_kwargs[name]} does not work with interleaved generation")
-        features: list[torch.Tensor] = []
-        span = ImageSpanLogitsProcessor(
-            prompt_length=input_ids.shape[1],
-            start_id=self.config.image_start_token_id,
-            token_id=self.config.image_token_id,
-            end_id=self.config.image_end_token_id,
-            image_seq_length=self.config.image_seq_length,
+        rows = self._interleaved_rows(input_ids, attention_mask, pixel_values, max_new_tokens)
+        while any(row.budget for row in rows):
+            drawing = [row for row in rows if row.budget and row.ids[-1] == self.config.image_start_token_id]
+            if drawing:
+                self._draw(drawing, generator)
+            else:
+                self._write([row for row in rows if row.budget], generate_kwargs)
+        pad_id = self._pad_id()
+        longest = max(row.written for row in rows)
+        written = [row.ids[len(row.ids) - row.written :] for row in rows]
+        continuations = [torch.cat([ids, ids.new_full((longest - len(ids),), pad_id)]) for ids in written]
+        return InterleavedOutput(
+            torch.cat([input_ids, torch.stack(continuations)], dim=1), [row.segments for row in rows]
         )
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
-        processors = [*(generate_kwargs.pop("logits_processor", None) or []), span]
-        for name in ("num_beams", "num_return_sequences"):
-            generate_kwargs[name] = 1
-        sequences = self.generate(
-            **{name: value for name, value in inputs.items() if value is not None},
-            **generate_kwargs,
-            generated_features=features,
-            logits_processor=LogitsProcessorList(processors),
-            suppress_tokens=None,
-            return_dict_in_generate=False,
-        )
-        written = sequences[:, input_ids.shape[1] :]
-        predicted = torch.stack(features, dim=1)
-        segments = [self._segments(ids, row) for ids, row in zip(written, predicted, strict=True)]
-        return InterleavedOutput(sequences, segments)
 
-    def _segments(self, ids: torch.Tensor, features: torch.Tensor) -> list:
-        """Splits one row's continuation into text (its ids without `[IMG]`, `[/IMG]` and padding) and images."""
-        is_image = ids == self.config.image_token_id
-        changes = (is_image[1:] != is_image[:-1]).nonzero().flatten() + 1
-        segments = []
-        for run, feature_run in zip(
-            ids.tensor_split(changes.cpu()), features[: len(ids)].tensor_split(changes.cpu()), strict=True
-        ):
-            if len(run) and run[0] == self.config.image_token_id:
-                image = split_scales(feature_run[None], self.config.tokens_per_scale)
-                if image:
-                    segments.append({scale: feature[0] for scale, feature in image.items()})
+    def _interleaved_rows(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        budget: int,
+    ) -> list["_Row"]:
+        positions = ImagePositions.find(input_ids, self.config.image_token_id)
+        counts = (positions.mask & (positions.offset == 0)).sum(dim=1).tolist()
+        given = flatten_scales(self.encode_image(pixel_values)) if pixel_values is not None else input_ids.new_zeros(0)
+        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return [
+            _Row(ids[mask.bool()], list(features), [False] * len(features), budget)
+            for ids, mask, features in zip(input_ids, kept, given.split(counts), strict=True)
+        ]
+
+    def _draw(self, rows: list["_Row"], generator: torch.Generator | None):
+        """One image for each row, which ends with `[IMG]`, as far as its budget goes."""
+        counts = self.config.tokens_per_scale
+        finest = [min(s for s in range(len(counts)) if sum(counts[s:]) <= max(row.budget, counts[-1])) for row in rows]
+        features = self.generate_image_features(**self._batch(rows), scale=min(finest), generator=generator)
+        for i, (row, scale) in enumerate(zip(rows, finest, strict=True)):
+            image = {s: feature[i] for s, feature in features.items() if s >= scale}
+            row.segments.append(image)
+            sequence = flatten_scales({s: feature[None] for s, feature in image.items()})[0]
+            row.append(row.ids.new_full((len(sequence),), self.config.image_token_id))
+            if scale > 0 or not row.budget:
+                row.budget = 0
                 continue
-            marks = [self.config.image_start_token_id, self.config.image_end_token_id]
-            if self.generation_config.pad_token_id is not None:
-                marks.append(self.generation_config.pad_token_id)
-            text = run[~torch.isin(run, torch.tensor(marks, device=run.device))]
-            if len(text):
-                segments.append(text)
-        return segments
+            row.features.append(sequence)
+            row.is_written.append(True)
+            row.append(row.ids.new_tensor([self.config.image_end_token_id]))
 
-    def prepare_inputs_for_generation(self, input_ids, generated_features: list[torch.Tensor] | None = None, **kwargs):
-        """Stock inputs, and the features that were predicted for those of the last positions that are being fed."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if generated_features is not None:
-            fed = model_inputs["input_ids"].shape[1]
-            recent = generated_features[-fed:] if kwargs.get("use_cache", True) else generated_features
-            model_inputs["generated_features"] = (
-                torch.stack(recent, dim=1)
-                if recent
-                else self.image_head.weight.new_zeros(len(input_ids), 0, self.image_head.out_features)
-            )
-        return model_inputs
+    def _write(self, rows: list["_Row"], generate_kwargs: dict):
+        """Text for each row, until it ends, opens an image or has used up its budget."""
+        eos = self.generation_config.eos_token_id
+        stops = [*(eos if isinstance(eos, list) else [] if eos is None else [eos]), self.config.image_start_token_id]
+        inputs = self._batch(rows)
+        sequences = self.generate(
+            **inputs,
+            **{
+                **generate_kwargs,
+                "num_beams": 1,
+                "num_return_sequences": 1,
+                "max_new_tokens": max(row.budget for row in rows),
+                "eos_token_id": stops,
+                "pad_token_id": self._pad_id(),
+                "suppress_tokens": [self.config.image_token_id, self.config.image_end_token_id],
+                "return_dict_in_generate": False,
+            },
+        )
+        for row, ids in zip(rows, sequences[:, inputs["input_ids"].shape[1] :], strict=True):
+            ids = ids[: row.budget]
+            ends = torch.isin(ids, ids.new_tensor(stops)).nonzero()
+            if len(ends):
+                ids = ids[: ends[0] + 1]
+            row.append(ids)
+            is_drawing = ids[-1] == self.config.image_start_token_id
+            text = ids[:-1] if is_drawing else ids
+            if len(text):
+                row.segments.append(text)
+            if len(ends) and not is_drawing:
+                row.budget = 0
+
+    def _batch(self, rows: list["_Row"]) -> dict[str, torch.Tensor]:
+        """The rows so far as one left-padded batch, with the images in them."""
+        longest = max(len(row.ids) for row in rows)
+        input_ids = torch.stack(
+            [torch.cat([row.ids.new_full((longest - len(row.ids),), self._pad_id()), row.ids]) for row in rows]
+        )
+        lengths = torch.tensor([len(row.ids) for row in rows], device=input_ids.device)
+        position = torch.arange(longest, device=input_ids.device)
+        batch = {"input_ids": input_ids, "attention_mask": (position >= longest - lengths[:, None]).long()}
+        features = [feature for row in rows for feature in row.features]
+        if features:
+            written = [flag for row in rows for flag in row.is_written]
+            batch["image_features"] = torch.stack(features)
+            batch["image_loss_mask"] = torch.tensor(written, device=input_ids.device)
+        return batch
+
+    def _pad_id(self) -> int:
+        eos = self.generation_config.eos_token_id
+        eos = eos[0] if isinstance(eos, list) else eos
+        pad = self.generation_config.pad_token_id
+        # A row that is padded is masked, so any id but an image's will do where the model names none.
+        return pad if pad is not None else eos if eos is not None else 0
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """Stock inputs; images that come as features are read once, as pixels are."""
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs = {name: kwargs[name] for name in kwargs.keys() - {"image_features", "image_loss_mask"}}
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Rows for beams or several answers, each copy with all pictures of its row.
@@ -209,8 +312,25 @@ class PumaGenerationMixin(GenerationMixin):
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
-        if model_kwargs.get("generated_features") is not None:
-            model_kwargs["generated_features"].append(outputs.next_image_feature)
-        return model_kwargs
+
+@dataclass
+class _Row:
+    """A row of interleaved generation.
+
+    ids: (t,) what it holds so far.
+    features, is_written: its complete images (S, C), and which of them it wrote itself.
+    budget: tokens that it may still write; 0 once it has ended.
+    """
+
+    ids: torch.Tensor
+    features: list[torch.Tensor]
+    is_written: list[bool]
+    budget: int
+    written: int = 0
+    segments: list[torch.Tensor | dict[int, torch.Tensor]] = field(default_factory=list)
+
+    def append(self, ids: torch.Tensor):
+        ids = ids[: self.budget]
+        self.ids = torch.cat([self.ids, ids])
+        self.written += len(ids)
+        self.budget -= len(ids)

@@ -12,6 +12,7 @@ from functools import wraps
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
@@ -20,6 +21,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 from .configuration_puma import PumaConfig
 from .generation_puma import PumaGenerationMixin
 from .granularity import flatten_scales, multigranular_features, scale_of_position
+from .image_decoding_puma import parent_of_position
+from .image_head_puma import PumaFlowHead, PumaRegressionHead
+from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
 from .loss_puma import image_loss, squared_error, text_loss
 
 
@@ -40,11 +44,10 @@ class PumaCausalLMOutputWithPast(ModelOutput):
     """Output of `PumaForConditionalGeneration`.
 
     loss: weighted sum of `text_loss` and `image_loss`; all three None without labels.
-    scale_losses: (num_scales,) unweighted squared error per scale over this batch's supervised image tokens, NaN
-        where a scale has none; detached, for logging.
+    scale_losses: (num_scales,) unweighted squared error per scale (of features, or of velocities with a flow head) over
+        this batch's supervised image tokens, NaN where a scale has none; detached, for logging.
     logits: (B, T, V).
     image_features: (n, S, C) encoder features of the images.
-    next_image_feature: (B, C) feature predicted at the last position; only while generating interleaved.
     """
 
     loss: torch.Tensor | None = None
@@ -56,32 +59,6 @@ class PumaCausalLMOutputWithPast(ModelOutput):
     image_loss: torch.Tensor | None = None
     scale_losses: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
-    next_image_feature: torch.Tensor | None = None
-
-
-@dataclass
-class ImagePositions:
-    """Where images stand in a batch of sequences; each (B, T).
-
-    mask: True at image placeholders.
-    image: index of the image in the whole batch.
-    offset: position within the image, 0 at its coarsest token.
-    """
-
-    mask: torch.Tensor
-    image: torch.Tensor
-    offset: torch.Tensor
-
-    @classmethod
-    def find(cls, input_ids: torch.Tensor, image_token_id: int) -> "ImagePositions":
-        """An image is a run of placeholders; the last one of a row may be cut short."""
-        mask = input_ids == image_token_id
-        first = mask.clone()
-        first[:, 1:] &= ~mask[:, :-1]
-        image = first.flatten().cumsum(0).view_as(input_ids) - 1
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        offset = positions - torch.where(first, positions, 0).cummax(dim=1).values
-        return cls(mask, image, offset)
 
 
 class PumaPreTrainedModel(PreTrainedModel):
@@ -97,6 +74,16 @@ class PumaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PumaFlowHead):
+            # Velocities start at zero, and features count as standardised until training says otherwise.
+            init.zeros_(module.out_proj.weight)
+            init.zeros_(module.out_proj.bias)
+            init.zeros_(module.mean)
+            init.ones_(module.std)
 
     # diffusers reads from the signature whether to pass on `variant` and `max_shard_size`.
     @wraps(PreTrainedModel.save_pretrained, assigned=())
@@ -120,8 +107,11 @@ class PumaModel(PumaPreTrainedModel):
 
     def __init__(self, config: PumaConfig):
         super().__init__(config)
+        hidden_size = config.text_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.projector = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.projector = nn.Linear(config.vision_config.hidden_size, hidden_size)
+        if config.image_decoding != "autoregressive":
+            self.image_queries = nn.Embedding(config.image_seq_length, hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -141,11 +131,62 @@ class PumaModel(PumaPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """`last_hidden_state`: (n, S, C) encoder features, coarsest first; `pooler_output`: (n, S, H), projected."""
         features = flatten_scales(self.encode_image(pixel_values))
-        return self._project(features)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self._project(features))
 
-    def _project(self, features: torch.Tensor) -> BaseModelOutputWithPooling:
-        features = features.to(self.projector.weight.dtype)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.projector(features))
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        return self.projector(features.to(self.projector.weight.dtype))
+
+    def written_states(self, features: torch.Tensor, positions: slice) -> torch.Tensor:
+        """What is fed at some positions of images that are being written, see `image_decoding_puma`.
+
+        Args:
+            features: (n, m, C), what the images hold so far, coarsest first.
+            positions: which to feed; with `autoregressive` they are among the m, with `next_scale` their parents.
+
+        Returns:
+            (n, number of positions, H).
+        """
+        if self.config.image_decoding == "autoregressive":
+            return self._project(features[:, positions])
+        places = torch.arange(self.config.image_seq_length, device=features.device)[positions]
+        queries = self.image_queries(places).expand(len(features), -1, -1)
+        parents = parent_of_position(self.config.tokens_per_scale).to(features.device)[positions]
+        if self.config.image_decoding == "prefilled" or (parents < 0).all():
+            return queries
+        states = self._project(features[:, parents.clamp(min=0)])
+        return queries + torch.where((parents < 0)[:, None], 0, states)
+
+    def embed(
+        self,
+        input_ids: torch.LongTensor,
+        features: torch.Tensor,
+        image_loss_mask: torch.Tensor | None,
+        feature_noise: float = 0.0,
+        states: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ImagePositions]:
+        """Embeddings (B, T, H) of text and images.
+
+        Args:
+            features: (n, S, C), the images.
+            image_loss_mask, feature_noise: see `forward`.
+            states: (n, S, H), the projected features, if that was done already.
+        """
+        positions = ImagePositions.find(input_ids, self.config.image_token_id)
+        self._check_images(positions, features if states is None else states)
+        if image_loss_mask is not None and image_loss_mask.shape != features.shape[:1]:
+            raise ValueError(
+                f"image_loss_mask has shape {tuple(image_loss_mask.shape)}: expected one bool for each of the "
+                f"{features.shape[0]} images"
+            )
+        if feature_noise:
+            features = with_noise(features, feature_noise)
+        if states is None or feature_noise:
+            states = self._project(features)
+        if self.config.image_decoding != "autoregressive" and image_loss_mask is not None:
+            written = self.written_states(features, slice(0, features.shape[1]))
+            states = torch.where(image_loss_mask.to(states.device, torch.bool)[:, None, None], written, states)
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        return splice(inputs_embeds, states, positions, self._is_read(positions, image_loss_mask)), positions
 
     def _is_read(self, positions: ImagePositions, image_loss_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T) bool: image positions whose feature the language model sees.
@@ -158,9 +199,7 @@ class PumaModel(PumaPreTrainedModel):
         scales = scale_of_position(self.config.tokens_per_scale).to(positions.offset.device)
         scale = scales[positions.offset.clamp(max=len(scales) - 1)]
         visible = torch.isin(scale, torch.tensor(self.config.input_scales, device=scale.device))
-        if image_loss_mask is not None and len(image_loss_mask):
-            visible |= image_loss_mask.to(scale.device, torch.bool)[positions.image.clamp(min=0)]
-        return positions.mask & visible
+        return (positions.mask & visible) | positions.of_images(image_loss_mask)
 
     @can_return_tuple
     def forward(
@@ -174,7 +213,7 @@ class PumaModel(PumaPreTrainedModel):
         image_features: torch.Tensor | None = None,
         image_loss_mask: torch.Tensor | None = None,
         feature_noise: float = 0.0,
-        generated_features: torch.Tensor | None = None,
+        attention_blocks: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PumaModelOutputWithPast:
@@ -183,59 +222,52 @@ class PumaModel(PumaPreTrainedModel):
             input_ids: (B, T); each image is a run of placeholders.
             pixel_values: (n, 3, height, width), one for each run in `input_ids`, row by row.
             image_features: (n, S, C) encoder features, coarsest first, in place of `pixel_values`.
-            image_loss_mask: (n,) bool, images that the model writes; `input_scales` does not hide anything of them.
+            image_loss_mask: (n,) bool, images that the model writes (or wrote): they are fed as
+                `config.image_decoding` says, and `input_scales` does not hide anything of them.
             feature_noise: standard deviation of noise on the features that are read, in units of each channel's own
                 over the batch, drawn up to this for each image; regression targets stay clean.
-            generated_features: (B, m, C) features that were predicted for the last m positions; used where a
-                placeholder stands.
+            attention_blocks: (B, T) long, with `inputs_embeds` only: positions of equal numbers from 0 see each other
+                beside what causality lets them see; -1 for none.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; images without `input_ids` or from more
                 than one source; a number of images that differs from the runs of placeholders or from
-                `image_loss_mask`.
+                `image_loss_mask`; an attention implementation that cannot do what `image_decoding` needs.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if sum(source is not None for source in (pixel_values, image_features, mm_encoder_outputs)) > 1:
+        encoded = (mm_encoder_outputs or {}).get("image")
+        sources = [source for source in (pixel_values, image_features, encoded) if source is not None]
+        if len(sources) > 1:
             raise ValueError("images must come from one of pixel_values, image_features and mm_encoder_outputs")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        elif pixel_values is not None or image_features is not None or mm_encoder_outputs is not None:
+        if sources and inputs_embeds is not None:
             raise ValueError("images are placed by their placeholders in input_ids, but only inputs_embeds was given")
 
-        images = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            images = self.get_image_features(pixel_values, return_dict=True)
-        elif image_features is not None:
-            images = self._project(image_features)
+            image_features = flatten_scales(self.encode_image(pixel_values))
+        elif encoded is not None:
+            image_features = encoded.last_hidden_state
 
         positions = None
-        if images is not None:
-            written = generated_features.shape[1] if generated_features is not None else 0
-            prompt_ids = input_ids[:, : input_ids.shape[1] - written]
-            positions = ImagePositions.find(prompt_ids, self.config.image_token_id)
-            self._check_images(positions, images.pooler_output)
-            if image_loss_mask is not None and image_loss_mask.shape != images.pooler_output.shape[:1]:
-                raise ValueError(
-                    f"image_loss_mask has shape {tuple(image_loss_mask.shape)}: expected one bool for each of the "
-                    f"{images.pooler_output.shape[0]} images"
-                )
-            states = images.pooler_output
-            if feature_noise:
-                states = self.projector(_with_noise(images.last_hidden_state, feature_noise))
-            read = self._is_read(positions, image_loss_mask)
-            spliced = _splice(inputs_embeds[:, : prompt_ids.shape[1]], states, positions, read)
-            inputs_embeds = (
-                torch.cat([spliced, inputs_embeds[:, prompt_ids.shape[1] :]], dim=1) if written else spliced
+        if image_features is not None:
+            states = encoded.pooler_output if encoded is not None else None
+            inputs_embeds, positions = self.embed(input_ids, image_features, image_loss_mask, feature_noise, states)
+            if self.config.image_decoding == "next_scale":
+                attention_blocks = positions.scale_blocks(self.config.tokens_per_scale)
+        elif input_ids is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if self.training:
+                inputs_embeds = inputs_embeds + 0 * self._blank_image(inputs_embeds)
+
+        if attention_blocks is not None:
+            attention_mask = blockwise_causal_mask(
+                self.language_model.config,
+                inputs_embeds,
+                attention_mask,
+                past_key_values,
+                position_ids,
+                attention_blocks,
             )
-
-        if generated_features is not None and generated_features.shape[1]:
-            states = self.projector(generated_features.to(self.projector.weight.dtype))
-            start = input_ids.shape[1] - states.shape[1]
-            is_image = (input_ids[:, start:] == self.config.image_token_id).unsqueeze(-1)
-            tail = torch.where(is_image, states.to(inputs_embeds.dtype), inputs_embeds[:, start:])
-            inputs_embeds = torch.cat([inputs_embeds[:, :start], tail], dim=1)
-
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -248,9 +280,21 @@ class PumaModel(PumaPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_features=images.last_hidden_state if images is not None else None,
+            image_features=image_features,
             image_positions=positions,
         )
+
+    def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
+        """A number that depends on every module that images pass.
+
+        Sharded training (FSDP, ZeRO-3) waits for ever if one process runs a module that another does not, so a batch of
+        text alone passes them too.
+        """
+        size = self.config.vision_config.image_size
+        states = self.get_image_features(like.new_zeros(1, 3, size, size), return_dict=True).pooler_output
+        if self.config.image_decoding != "autoregressive":
+            states = states + self.image_queries.weight
+        return states.sum()
 
     def _check_images(self, positions: ImagePositions, images: torch.Tensor):
         runs = positions.image[-1, -1] + 1
@@ -274,7 +318,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
     def __init__(self, config: PumaConfig):
         super().__init__(config)
         self.model = PumaModel(config)
-        self.image_head = nn.Linear(config.text_config.hidden_size, config.vision_config.hidden_size)
+        self.image_head = self._make_image_head()
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         # Backbones differ in the name of their embedding (`embed_tokens`, `wte`, ..).
         embedding = self.model.get_input_embeddings()
@@ -284,6 +328,14 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         self.generation_config = GenerationConfig.from_model_config(config)
         self.generation_config.suppress_tokens = self._image_token_ids()
         self.post_init()
+
+    def _make_image_head(self) -> PumaRegressionHead | PumaFlowHead:
+        config = self.config
+        hidden_size, feature_size = config.text_config.hidden_size, config.vision_config.hidden_size
+        if config.image_head == "regression":
+            return PumaRegressionHead(hidden_size, feature_size)
+        width = config.flow_width or hidden_size
+        return PumaFlowHead(hidden_size, feature_size, config.num_scales, width, config.flow_num_layers)
 
     def _image_token_ids(self) -> list[int]:
         return [self.config.image_start_token_id, self.config.image_end_token_id, self.config.image_token_id]
@@ -316,7 +368,6 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         num_image_items: torch.Tensor | int | None = None,
         image_features: torch.Tensor | None = None,
         feature_noise: float = 0.0,
-        generated_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -340,7 +391,6 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             image_features=image_features,
             image_loss_mask=image_loss_mask,
             feature_noise=feature_noise,
-            generated_features=generated_features,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -354,8 +404,6 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             attentions=outputs.attentions,
             image_features=outputs.image_features,
         )
-        if generated_features is not None:
-            result.next_image_feature = self.image_head(hidden_states[:, -1])
         if labels is not None:
             result.text_loss = text_loss(logits, labels, num_text_items)
             result.image_loss, result.scale_losses = self._image_loss(outputs, image_loss_mask, num_image_items)
@@ -370,41 +418,24 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         image_loss_mask: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Regression loss of the images to be written: the state before each of their positions predicts its
-        feature."""
+        """Loss of the images to be written, each feature read from the state that `image_decoding` says."""
         hidden_states, positions = outputs.last_hidden_state, outputs.image_positions
-        supervised = torch.zeros(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-        if positions is not None and image_loss_mask is not None and len(image_loss_mask):
-            supervised = (
-                positions.mask & image_loss_mask.to(hidden_states.device, torch.bool)[positions.image.clamp(min=0)]
-            )
-        predicted = self.image_head(hidden_states[:, :-1][supervised[:, 1:]])
         scales = scale_of_position(self.config.tokens_per_scale).to(hidden_states.device)
-        if not len(predicted):
-            scales, target = scales[:0], predicted.detach()
+        weights = torch.tensor(self.config.scale_loss_weights, dtype=torch.float32, device=hidden_states.device)
+        if positions is None:
+            states, scales = hidden_states[0, :0], scales[:0]
+            target = states.new_zeros(0, self.config.vision_config.hidden_size)
         else:
+            supervised = positions.of_images(image_loss_mask)
+            if self.config.image_decoding == "autoregressive":
+                states = hidden_states[:, :-1][supervised[:, 1:]]
+            else:
+                states = hidden_states[supervised]
             offset = positions.offset[supervised]
             scales, target = scales[offset], outputs.image_features[positions.image[supervised], offset]
-        weights = torch.tensor(self.config.scale_loss_weights, dtype=torch.float32, device=hidden_states.device)
+        predicted, target = self.image_head.loss_pair(states, target, scales)
         loss = image_loss(predicted, target, scales, weights, num_items)
 
         error = squared_error(predicted.detach(), target)
         per_scale = torch.zeros_like(weights).index_add(0, scales, error)
         return loss, per_scale / torch.bincount(scales, minlength=len(weights))
-
-
-def _splice(
-    inputs_embeds: torch.Tensor, states: torch.Tensor, positions: ImagePositions, read: torch.Tensor
-) -> torch.Tensor:
-    """Image states (n, S, H) in place of the embeddings (B, T, H) where `read` (B, T) holds; static shapes
-    throughout."""
-    flat = (positions.image * states.shape[1] + positions.offset).clamp(0, states.shape[0] * states.shape[1] - 1)
-    gathered = states.flatten(0, 1)[flat].to(inputs_embeds.device, inputs_embeds.dtype)
-    return torch.where(read.unsqueeze(-1), gathered, inputs_embeds)
-
-
-def _with_noise(features: torch.Tensor, feature_noise: float) -> torch.Tensor:
-    """Features (n, S, C) with white noise of a strength drawn for each image, up to `feature_noise` channel
-    deviations."""
-    strength = feature_noise * torch.rand(features.shape[0], 1, 1, device=features.device, dtype=features.dtype)
-    return features + strength * features.std(dim=(0, 1), keepdim=True) * torch.randn_like(features)

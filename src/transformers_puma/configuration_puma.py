@@ -4,6 +4,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .granularity import tokens_per_scale
+from .image_decoding_puma import IMAGE_DECODINGS
+
+IMAGE_HEADS = ("regression", "flow")
 
 # LLaMA-3 8B with PUMA's rows appended to the vocabulary: 128256 + 227 added tokens, padded to a multiple of 64.
 LLAMA3_8B = {
@@ -47,6 +50,12 @@ class PumaConfig(PreTrainedConfig):
         text_loss_weight, image_loss_weight: weights of the two parts of the loss.
         num_location_tokens: `<loc_i>` tokens that a box coordinate is quantised to.
         input_scales: scales that the model reads of an image that it is given (report table 5); None is all.
+        image_decoding: how an image is written: `"autoregressive"`, feature by feature as in the report; `"next_scale"`,
+            all features of a scale at once from the coarser scales; `"prefilled"`, all features at once from learned
+            queries. See `image_decoding_puma`.
+        image_head: `"regression"` as in the report, or `"flow"`: features are samples, not means.
+        flow_width, flow_num_layers: size of the flow's network; by default as wide as the language model.
+        flow_num_steps: Euler steps from noise to a feature.
         image_token_id: placeholder at each image position.
         image_start_token_id, image_end_token_id: `[IMG]` and `[/IMG]`.
 
@@ -65,6 +74,11 @@ class PumaConfig(PreTrainedConfig):
     image_loss_weight: float | int = 1.0
     num_location_tokens: int = 224
     input_scales: list[int] | None = None
+    image_decoding: str = "autoregressive"
+    image_head: str = "regression"
+    flow_width: int | None = None
+    flow_num_layers: int = 3
+    flow_num_steps: int = 10
     image_start_token_id: int = 128256
     image_end_token_id: int = 128257
     image_token_id: int = 128258
@@ -98,6 +112,14 @@ class PumaConfig(PreTrainedConfig):
                 f"scale_loss_weights={self.scale_loss_weights} must hold one weight for each of "
                 f"num_scales={self.num_scales}"
             )
+        for field, known in (("image_decoding", IMAGE_DECODINGS), ("image_head", IMAGE_HEADS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field}={getattr(self, field)!r} must be one of {', '.join(known)}")
+        if self.flow_width is not None and (self.flow_width < 2 or self.flow_width % 2):
+            raise ValueError(f"flow_width={self.flow_width} must be an even number from 2, or None")
+        for field in ("flow_num_layers", "flow_num_steps"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
         unknown = [scale for scale in self.input_scales or [] if not 0 <= scale < self.num_scales]
         if unknown or self.input_scales == []:
             raise ValueError(f"input_scales={self.input_scales} must name scales 0..{self.num_scales - 1}")

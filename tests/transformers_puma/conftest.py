@@ -57,7 +57,8 @@ def make_model(processor: PumaProcessor, **kwargs) -> PumaForConditionalGenerati
     torch.manual_seed(0)
     model = PumaForConditionalGeneration(make_config(processor, **kwargs)).eval()
     # Features as far from zero as a real encoder's, so that what is fed back matters.
-    torch.nn.init.normal_(model.image_head.weight, std=0.5)
+    if model.config.image_head == "regression":
+        torch.nn.init.normal_(model.image_head.weight, std=0.5)
     torch.nn.init.normal_(model.model.projector.weight, std=0.5)
     return model
 

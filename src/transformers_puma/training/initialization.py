@@ -2,6 +2,7 @@
 
 import torch
 
+from ..image_head_puma import PumaFlowHead
 from ..modeling_puma import PumaForConditionalGeneration
 
 
@@ -18,5 +19,9 @@ def standardize_feature_heads(model: PumaForConditionalGeneration, mean: torch.T
     projector, head = model.model.projector, model.image_head
     projector.bias -= projector.weight @ (mean / std).to(projector.weight)
     projector.weight /= std.to(projector.weight)
+    if isinstance(head, PumaFlowHead):
+        head.mean.copy_(mean)
+        head.std.copy_(std)
+        return
     head.weight *= std.to(head.weight)[:, None]
     head.bias.mul_(std.to(head.weight)).add_(mean.to(head.weight))

@@ -1,0 +1,99 @@
+"""From a state of the language model to an image feature: by regression, or as a sample of a flow.
+
+Legend: n tokens, H hidden size, C feature channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class PumaRegressionHead(nn.Linear):
+    """One Linear: a feature is the mean of what may stand there (report section 3.3)."""
+
+    def loss_pair(
+        self, states: torch.Tensor, features: torch.Tensor, scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is predicted and what it should be, (n, C) each, for states (n, H) of tokens at `scales` (n,)."""
+        return self(states), features
+
+    def predict(
+        self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | None, num_steps: int
+    ) -> torch.Tensor:
+        """Features (B, m, C) from states (B, m, H)."""
+        return self(states)
+
+
+class PumaFlowHead(nn.Module):
+    """A flow per token: a small network moves noise to a feature along straight lines, given the token's state.
+
+    Rectified flow (Liu et al., arXiv 2209.03003) in the place of a token's regression, as the diffusion of Li et al.,
+    arXiv 2406.11838. x_t = (1 - t) noise + t feature, and the network predicts the velocity feature - noise. It works
+    on features standardised with `mean` and `std` (num_scales, C), which training sets once
+    (`standardize_feature_heads`).
+
+    Args:
+        hidden_size: H.
+        feature_size: C.
+        num_scales: of the model.
+        width, num_layers: of the network.
+    """
+
+    def __init__(self, hidden_size: int, feature_size: int, num_scales: int, width: int, num_layers: int):
+        super().__init__()
+        self.feature_size = feature_size
+        self.state_proj = nn.Linear(hidden_size, width)
+        self.time_proj = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.in_proj = nn.Linear(feature_size, width)
+        self.layers = nn.ModuleList(FlowLayer(width) for _ in range(num_layers))
+        self.out_proj = nn.Linear(width, feature_size)
+        self.register_buffer("mean", torch.zeros(num_scales, feature_size))
+        self.register_buffer("std", torch.ones(num_scales, feature_size))
+
+    def forward(self, noisy: torch.Tensor, time: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Velocity (.., C) at x_t `noisy` (.., C) and t `time` (..) in [0, 1], given `states` (.., H)."""
+        dtype = self.in_proj.weight.dtype
+        condition = self.state_proj(states) + self.time_proj(self._embed(time).to(dtype))
+        hidden = self.in_proj(noisy.to(dtype))
+        for layer in self.layers:
+            hidden = layer(hidden, condition)
+        return self.out_proj(F.silu(hidden))
+
+    def loss_pair(
+        self, states: torch.Tensor, features: torch.Tensor, scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predicted and true velocity, (n, C) each, at random times; from the global random state."""
+        target = (features.float() - self.mean[scales]) / self.std[scales]
+        noise, time = torch.randn_like(target), torch.rand(len(target), device=target.device)
+        velocity = self(torch.lerp(noise, target, time[:, None]), time, states)
+        return velocity, target - noise
+
+    def predict(self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """Features (B, m, C) from states (B, m, H) and unit noise (B, m, C), by `num_steps` Euler steps."""
+        sample = noise
+        for step in range(num_steps):
+            time = torch.full(sample.shape[:-1], step / num_steps, device=sample.device)
+            sample = sample + self(sample, time, states).float() / num_steps
+        return (sample * self.std[scales] + self.mean[scales]).to(states.dtype)
+
+    def _embed(self, time: torch.Tensor) -> torch.Tensor:
+        """Sines and cosines of times (..) -> (.., width)."""
+        half = self.time_proj[0].in_features // 2
+        frequencies = torch.logspace(0, 3, half, device=time.device)
+        angles = time.float().unsqueeze(-1) * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class FlowLayer(nn.Module):
+    """A residual perceptron whose input is scaled and shifted, and whose output is gated, by the condition."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 3 * width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+
+    def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """(.., width) both."""
+        shift, scale, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
+        return hidden + gate * self.perceptron(self.norm(hidden) * (1 + scale) + shift)
