@@ -51,7 +51,7 @@ class Judge(nn.Module):
             ResNetConfig(embedding_size=width, hidden_sizes=widths, depths=[depth] * 4, layer_type="basic")
         )
         self.vision.embedder.pooler = nn.Identity()
-        self.text = build_text(tokenizer)
+        self.text = build_text(tokenizer, layers=1)
         self.heads = nn.ModuleDict({head: nn.Linear(widths[-1], len(values)) for head, values in classes.items()})
         self.visual_projection = nn.Linear(widths[-1], self.text.config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
