@@ -50,9 +50,9 @@ class PumaConfig(PreTrainedConfig):
         text_loss_weight, image_loss_weight: weights of the two parts of the loss.
         num_location_tokens: `<loc_i>` tokens that a box coordinate is quantised to.
         input_scales: scales that the model reads of an image that it is given (report table 5); None is all.
-        image_decoding: how an image is written: `"autoregressive"`, feature by feature as in the report; `"next_scale"`,
-            all features of a scale at once from the coarser scales; `"prefilled"`, all features at once from learned
-            queries. See `image_decoding_puma`.
+        image_decoding: how an image is written: `"autoregressive"`, feature by feature as in the report;
+            `"next_scale"`, all features of a scale at once from the coarser scales; `"prefilled"`, all features at
+            once from learned queries. See `image_decoding_puma`.
         image_head: `"regression"` as in the report, or `"flow"`: features are samples, not means.
         flow_width, flow_num_layers: size of the flow's network; by default as wide as the language model.
         flow_num_steps: Euler steps from noise to a feature.

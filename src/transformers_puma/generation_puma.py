@@ -140,7 +140,7 @@ class PumaGenerationMixin(GenerationMixin):
     def _feature_noise(
         self, num_rows: int, scale: int, generator: Generators, device: torch.device
     ) -> torch.Tensor | None:
-        """(B, sum of k_i, C) unit noise for a flow head, drawn scale by scale: a finer `scale` changes no coarser one."""
+        """(B, sum of k_i, C) unit noise for a flow head, drawn scale by scale: a finer `scale` changes no other's."""
         if self.config.image_head != "flow":
             return None
         channels = self.config.vision_config.hidden_size

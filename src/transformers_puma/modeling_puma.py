@@ -44,8 +44,8 @@ class PumaCausalLMOutputWithPast(ModelOutput):
     """Output of `PumaForConditionalGeneration`.
 
     loss: weighted sum of `text_loss` and `image_loss`; all three None without labels.
-    scale_losses: (num_scales,) unweighted squared error per scale (of features, or of velocities with a flow head) over
-        this batch's supervised image tokens, NaN where a scale has none; detached, for logging.
+    scale_losses: (num_scales,) unweighted squared error per scale (of features, or of velocities with a flow head)
+        over this batch's supervised image tokens, NaN where a scale has none; detached, for logging.
     logits: (B, T, V).
     image_features: (n, S, C) encoder features of the images.
     """
@@ -287,8 +287,8 @@ class PumaModel(PumaPreTrainedModel):
     def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
         """A number that depends on every module that images pass.
 
-        Sharded training (FSDP, ZeRO-3) waits for ever if one process runs a module that another does not, so a batch of
-        text alone passes them too.
+        Sharded training (FSDP, ZeRO-3) waits for ever if one process runs a module that another does not, so a batch
+        of text alone passes them too.
         """
         size = self.config.vision_config.image_size
         states = self.get_image_features(like.new_zeros(1, 3, size, size), return_dict=True).pooler_output

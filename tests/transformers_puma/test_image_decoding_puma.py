@@ -6,6 +6,7 @@ import torch
 from transformers_puma import flatten_scales, multigranular_features
 from transformers_puma.granularity import scale_of_position
 from transformers_puma.image_decoding_puma import IMAGE_DECODINGS, decoding_passes, parent_of_position
+from transformers_puma.image_positions_puma import blockwise_causal_mask
 
 from .conftest import IMAGE_LENGTH, make_model, make_picture
 
@@ -180,3 +181,21 @@ def test_a_batch_of_text_alone_trains_through_the_image_modules_with_zero_gradie
         for parameter in module.parameters():
             assert parameter.grad is not None and parameter.grad.abs().max() == 0
     model.zero_grad()
+
+
+def test_the_flex_attention_mask_is_the_dense_one(processor):
+    """As a function of positions; running it needs a compiler for the device."""
+    config = make_model(processor).config.text_config
+    blocks = torch.tensor([[-1, 0, 1, 1, 1, 1, -1, 2], [-1, -1, -1, 0, 1, 1, 1, 1]])
+    attention_mask = torch.tensor([[1] * 8, [0] * 2 + [1] * 6])
+    embeds = torch.zeros(2, 8, 32)
+    masks = {}
+    for implementation in ("sdpa", "flex_attention"):
+        config._attn_implementation = implementation
+        masks[implementation] = blockwise_causal_mask(config, embeds, attention_mask, None, None, blocks)
+    index = torch.arange(8)
+    mask_mod = masks["flex_attention"].mask_mod
+    for row in range(2):
+        for query in range(int(2 * row), 8):  # rows of padding see nothing or anything
+            dense = torch.stack([mask_mod(torch.tensor(row), torch.tensor(0), index[query], key) for key in index])
+            assert torch.equal(dense, masks["sdpa"][row, 0, query])
