@@ -2,14 +2,18 @@
 
 from .arguments import PumaDecoderTrainingArguments
 from .decoder_trainer import PumaDecoderTrainer
-from .denoising_loss import denoising_loss, denoising_target, sample_noise
+from .denoising_loss import Draws, denoising_loss, denoising_target, draw, sample_noise
 from .features import feature_statistics, pool_to_tokens, standardize_projection
+from .pictures import PumaDecoderCollator
 
 __all__ = [
+    "Draws",
+    "PumaDecoderCollator",
     "PumaDecoderTrainer",
     "PumaDecoderTrainingArguments",
     "denoising_loss",
     "denoising_target",
+    "draw",
     "feature_statistics",
     "pool_to_tokens",
     "sample_noise",

@@ -28,6 +28,15 @@ class PumaDecoderTrainingArguments(TrainingArguments):
         default=0.999,
         metadata={"help": "Decay of the averaged weights, which are the ones saved and evaluated; 0 keeps none."},
     )
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pixels of the square that a row's picture becomes; by default what the decoder is made for."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every step uses every parameter of a decoder: there is none to look for."}
+    )
     min_snr_gamma: float | None = field(
         default=None, metadata={"help": "Weigh the loss by min(SNR, gamma); 5.0 is usual. Not by default."}
     )

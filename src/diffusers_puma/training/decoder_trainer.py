@@ -1,56 +1,55 @@
-"""Trains one decoder at one scale on cached latents and features."""
+"""Trains one decoder at one scale, whole or through LoRA, on pictures or on cached latents and features."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import save_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel, Trainer
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from transformers_puma.training.checkpoints import ResumableTrainerMixin
+
+from ..loading import fetch_lora_state_dict
+from ..pipeline_puma import PumaPipeline
 from ..unet_puma import PumaUNet2DConditionModel
 from .arguments import PumaDecoderTrainingArguments
-from .denoising_loss import denoising_loss, sample_noise
+from .averaging import EMACallback
+from .callbacks import DecoderTensorBoardCallback
+from .denoising_loss import denoising_loss, draw
 from .features import pool_to_tokens
+from .pictures import PictureEncoder, PumaDecoderCollator
 
 
-class EMACallback(TrainerCallback):
-    """Moves the averaged weights after every optimiser step, from wherever the run begins or resumes."""
-
-    def __init__(self, ema: EMAModel, parameters: list[torch.nn.Parameter]) -> None:
-        self.ema = ema
-        self.parameters = parameters
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.ema.optimization_step = state.global_step
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.ema.step(self.parameters)
-
-
-class PumaDecoderTrainer(Trainer):
+class PumaDecoderTrainer(ResumableTrainerMixin, Trainer):
     """`transformers.Trainer` for a decoder: the denoising objective, dropped pictures and averaged weights.
 
-    Rows of the data sets hold `latents` (c, h, w), the VAE's times its scaling factor, and `features` (k_0, C), the
-    encoder's at the finest scale or at any between it and the decoder's; they are pooled to the decoder's scale here.
+    Rows of the data sets hold either `latents` (c, h, w), the VAE's times its scaling factor, and `features` (k_0, C),
+    the encoder's at the finest scale or at any between it and the decoder's (they are pooled to the decoder's scale
+    here); or, given `image_encoder` and `vae`, an `image` (PIL).
 
     Every folder that it saves is a decoder with the averaged weights (`PumaUNet2DConditionModel.from_pretrained`); a
     checkpoint holds, next to it, the weights in training (`model.safetensors`) and the state that resumes them
-    exactly. It runs on one process or data parallel.
+    exactly. A model to which `add_adapter` has added LoRA weights trains and saves those alone, in the form that
+    `PumaPipeline.load_lora_weights` reads.
+
+    It runs on one process or data parallel. Noise, noise levels and dropped pictures are drawn from (seed, step,
+    place in the global batch), so processes share no draws, and any number of them computes the same.
 
     Args:
         model: the decoder. Its `num_tokens` says which scale is trained.
         args: the training arguments.
         noise_scheduler: noise levels and prediction type of the training; saved by the pipeline, not here.
-        null_features: (1, k_0, C), the black image's features, which stand for a dropped picture.
+        null_features: (1, k_0, C), the black image's features, which stand for a dropped picture; by default those of
+            `image_encoder`.
+        image_encoder, vae: encode rows of pictures; frozen.
         trainer_arguments: as in `transformers.Trainer`.
     """
 
@@ -60,38 +59,75 @@ class PumaDecoderTrainer(Trainer):
         args: PumaDecoderTrainingArguments,
         *,
         noise_scheduler: DDPMScheduler,
-        null_features: torch.Tensor,
+        null_features: torch.Tensor | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+        vae: AutoencoderKL | None = None,
         **trainer_arguments: Any,
     ) -> None:
         if noise_scheduler.config.rescale_betas_zero_snr and noise_scheduler.config.prediction_type == "epsilon":
             raise ValueError("a schedule that ends at zero SNR needs prediction_type 'v_prediction', got 'epsilon'")
+        if (image_encoder is None) != (vae is None):
+            raise ValueError("rows of pictures need both image_encoder and vae, got one of them")
+        if image_encoder is None and null_features is None:
+            raise ValueError("null_features is needed where there is no image_encoder to encode the black image")
+        self.picture_encoder = None
+        if image_encoder is not None:
+            self.picture_encoder = PictureEncoder(image_encoder, vae, args.device)
+            resolution = args.resolution or model.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+            collator = PumaDecoderCollator(image_encoder.config.image_size, resolution)
+            trainer_arguments.setdefault("data_collator", collator)
+            null_features = self.picture_encoder.null_features() if null_features is None else null_features
         super().__init__(model, args, **trainer_arguments)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PumaDecoderTrainer runs on one process or data parallel, not with FSDP or DeepSpeed")
+        if self.pop_callback(TensorBoardCallback):
+            self.add_callback(DecoderTensorBoardCallback)
         self.noise_scheduler = noise_scheduler
         self.null_features = pool_to_tokens(null_features, model.config.num_tokens).float().to(args.device)
+        self.scale = round(math.log(null_features.shape[1] / model.config.num_tokens, 4))
+        self.adapter_name = model.active_adapters()[0] if model._hf_peft_config_loaded else None
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trained_parameters = list(self.trained.values())
         self.ema = None
-        self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if args.ema_decay:
             self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay, foreach=True)
             self.add_callback(EMACallback(self.ema, self.trained_parameters))
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """Tells each micro-batch where in the global batch it starts.
+
+        A data loader deals its batches to the processes in turn, so the places are those of one process that takes
+        them all.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for micro_step, batch in enumerate(batches):
+            turn = micro_step * self.args.world_size + self.args.process_index
+            batch["first_place"] = turn * self._train_batch_size
+        return batches, num_items
+
+    def encode(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, c, h, w) and features at the decoder's scale (B, k, C) of a collated batch, in fp32."""
+        if "latents" in inputs:
+            latents, features = inputs["latents"], inputs["features"]
+        else:
+            latents = self.picture_encoder.latents(inputs["pictures"])
+            features = self.picture_encoder.features(inputs["pixel_values"])
+        return latents.float(), pool_to_tokens(features.float(), self.null_features.shape[1])
+
     def compute_loss(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, torch.Tensor | int],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Denoising loss of a batch at random noise levels; randomness comes from the device's global generator."""
-        latents = inputs["latents"].float()
-        features = pool_to_tokens(inputs["features"].float(), self.null_features.shape[1])
-        conditional = torch.rand(latents.shape[0], device=latents.device) >= self.args.image_dropout
-        features = torch.where(conditional[:, None, None], features, self.null_features)
-
-        noise = sample_noise(latents, self.args.noise_offset)
+        """Denoising loss of a batch at random noise levels; `first_place` is its place in the global batch."""
+        latents, features = self.encode(inputs)
+        step = self.state.global_step + 1 if model.training else 0  # every evaluation draws the same
+        keys = [(self.args.seed, step, inputs["first_place"] + i) for i in range(len(latents))]
         levels = self.noise_scheduler.config.num_train_timesteps
-        timesteps = torch.randint(levels, latents.shape[:1], device=latents.device)
+        noise, timesteps, conditional = draw(latents, keys, levels, self.args.noise_offset, self.args.image_dropout)
+        features = torch.where(conditional[:, None, None], features, self.null_features)
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
 
         prediction = model(noisy, timesteps, features, added_cond_kwargs={"conditional": conditional}).sample
@@ -111,11 +147,11 @@ class PumaDecoderTrainer(Trainer):
         finally:
             self.ema.restore(self.trained_parameters)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The training objective under the averaged weights, with noise that is the same at every evaluation."""
-        with self.averaged_weights(), torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
-            return super().evaluate(*args, **kwargs)
+        self._evaluated_batches = 0
+        with self.averaged_weights():
+            return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -124,28 +160,52 @@ class PumaDecoderTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
+        turn = self._evaluated_batches * self.args.world_size + self.args.process_index
+        self._evaluated_batches += 1
+        inputs = {**self._prepare_inputs(inputs), "first_place": turn * self.args.eval_batch_size}
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss, None, None
+            return self.compute_loss(model, inputs), None, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
+        folder = output_dir or self.args.output_dir
         with self.averaged_weights():
-            self.model.save_pretrained(output_dir or self.args.output_dir)
+            if self.adapter_name is None:
+                self.model.save_pretrained(folder)
+            else:
+                layers = get_peft_model_state_dict(self.model, adapter_name=self.adapter_name)
+                settings = self.model.peft_config[self.adapter_name].to_dict()
+                PumaPipeline.save_lora_weights(
+                    folder, {self.scale: layers}, unet_lora_adapter_metadata={self.scale: settings}
+                )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_file(self.model.state_dict(), os.path.join(output_dir, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+            weights = {name: parameter.detach() for name, parameter in self.trained.items()}
+            save_file(weights, os.path.join(output_dir, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.ema is not None:
-            averaged = dict(PumaUNet2DConditionModel.from_pretrained(resume_from_checkpoint).named_parameters())
-            names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-            for shadow, name in zip(self.ema.shadow_params, names, strict=True):
-                shadow.copy_(averaged[name])
+            self._load_saved(resume_from_checkpoint)
+            for shadow, parameter in zip(self.ema.shadow_params, self.trained_parameters, strict=True):
+                shadow.copy_(parameter.detach())
+        weights = load_file(os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
+        missing = sorted(self.trained.keys() - weights.keys())
+        if missing:
+            raise ValueError(f"{resume_from_checkpoint} is of another model: it has no {missing[0]}")
+        self.model.load_state_dict(weights, strict=False)  # frozen weights are as the model came
+
+    def _load_saved(self, folder: str) -> None:
+        """What `_save` wrote, into the model."""
+        if self.adapter_name is None:
+            self.model.load_state_dict(PumaUNet2DConditionModel.from_pretrained(folder).state_dict())
+        else:
+            layers, _ = fetch_lora_state_dict(folder)
+            prefix = f"unet_{self.scale}."
+            layers = {name.removeprefix(prefix): weight for name, weight in layers.items()}
+            set_peft_model_state_dict(self.model, layers, adapter_name=self.adapter_name)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

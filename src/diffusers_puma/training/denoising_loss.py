@@ -3,18 +3,55 @@
 Legend: B pictures, latents (B, c, h, w) already multiplied by the VAE's scaling factor, timesteps (B,) long.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 
-def sample_noise(latents: torch.Tensor, noise_offset: float) -> torch.Tensor:
+def sample_noise(latents: torch.Tensor, noise_offset: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """Gaussian noise shaped like `latents`, plus `noise_offset` times one Gaussian number per picture and channel.
 
     The offset teaches a decoder to move the mean of a whole picture (report section 4.1 trains with 0.1).
     """
-    shift = torch.randn(*latents.shape[:2], 1, 1, device=latents.device, dtype=latents.dtype)
-    return torch.randn_like(latents) + noise_offset * shift
+    options = {"generator": generator, "device": latents.device, "dtype": latents.dtype}
+    shift = torch.randn(*latents.shape[:2], 1, 1, **options)
+    return torch.randn(latents.shape, **options) + noise_offset * shift
+
+
+class Draws(NamedTuple):
+    """What is random in a denoising step: `noise` (B, c, h, w), `timesteps` (B,) and `conditional` (B,) bool, False
+    where a picture is dropped."""
+
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    conditional: torch.Tensor
+
+
+def draw(
+    latents: torch.Tensor,
+    keys: Sequence[tuple[int, ...]],
+    num_timesteps: int,
+    noise_offset: float = 0.0,
+    image_dropout: float = 0.0,
+) -> Draws:
+    """Draws each picture's numbers from a generator of its own, so that they depend on its key alone.
+
+    Args:
+        keys: one for each picture, such as (seed, step, place in the global batch): however the batch is spread over
+            processes and micro-batches, a picture gets the same numbers, and no two get the same.
+    """
+    noise, timesteps, uniform = [], [], []
+    for latent, key in zip(latents, keys, strict=True):
+        seed = np.random.SeedSequence(key).generate_state(1, np.uint64).item()
+        generator = torch.Generator(latents.device).manual_seed(seed)
+        noise.append(sample_noise(latent[None], noise_offset, generator))
+        timesteps.append(torch.randint(num_timesteps, (1,), generator=generator, device=latents.device))
+        uniform.append(torch.rand(1, generator=generator, device=latents.device))
+    return Draws(torch.cat(noise), torch.cat(timesteps), torch.cat(uniform) >= image_dropout)
 
 
 def denoising_target(

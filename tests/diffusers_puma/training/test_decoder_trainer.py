@@ -6,76 +6,17 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from diffusers_puma.training import (
-    PumaDecoderTrainer,
-    PumaDecoderTrainingArguments,
     denoising_loss,
+    draw,
     feature_statistics,
     pool_to_tokens,
     sample_noise,
     standardize_projection,
 )
 from diffusers_puma.unet_puma import PumaUNet2DConditionModel
+from tests.killing import losses
 
-CHANNELS = 12
-EPSILON = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-VELOCITY = {**EPSILON, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-
-
-def tiny_unet(num_tokens: int = 4, **kwargs) -> PumaUNet2DConditionModel:
-    torch.manual_seed(0)
-    return PumaUNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=16,
-        encoder_hid_dim=CHANNELS,
-        encoder_hid_dim_type="text_proj",
-        num_tokens=num_tokens,
-        **kwargs,
-    )
-
-
-def rows(count: int = 12) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {
-            "latents": torch.randn(4, 8, 8, generator=generator),
-            "features": torch.randn(16, CHANNELS, generator=generator),
-        }
-        for _ in range(count)
-    ]
-
-
-def trainer(folder, unet=None, schedule=VELOCITY, callbacks=None, **arguments) -> PumaDecoderTrainer:
-    arguments = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "per_device_train_batch_size": 3,
-        "max_steps": 6,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **arguments,
-    }
-    return PumaDecoderTrainer(
-        unet or tiny_unet(),
-        PumaDecoderTrainingArguments(**arguments),
-        noise_scheduler=DDPMScheduler(**schedule),
-        null_features=torch.zeros(1, 16, CHANNELS),
-        train_dataset=rows(),
-        eval_dataset=rows(4),
-        callbacks=callbacks,
-    )
-
-
-def losses(trainer: PumaDecoderTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+from .tiny import CHANNELS, EPSILON, VELOCITY, rows, tiny_unet, trainer
 
 
 @pytest.mark.parametrize("schedule", [EPSILON, VELOCITY])
@@ -102,6 +43,28 @@ def test_noise_offset_is_constant_over_each_channel():
     torch.manual_seed(0)
     means = sample_noise(torch.zeros(2000, 4, 8, 8), 0.1).mean(dim=(2, 3))
     assert means.var().item() == pytest.approx(1 / 64 + 0.1**2, rel=0.1)
+
+
+def test_draws_depend_on_nothing_but_the_key():
+    latents = torch.zeros(4, 4, 8, 8)
+    keys = [(1, 7, place) for place in range(4)]
+    whole = draw(latents, keys, 1000, noise_offset=0.1, image_dropout=0.5)
+    torch.manual_seed(99)
+    halves = [draw(latents[:2], keys[half], 1000, 0.1, 0.5) for half in (slice(0, 2), slice(2, 4))]
+    for together, *parts in zip(whole, *halves, strict=True):
+        torch.testing.assert_close(together, torch.cat(parts), rtol=0, atol=0)
+    for other in ((2, 7, 0), (1, 8, 0)):
+        assert not torch.equal(draw(latents[:1], [other], 1000).noise, whole.noise[:1])
+    assert not torch.equal(whole.noise[0], whole.noise[1])
+
+
+def test_draws_are_uniform_over_pictures_and_levels():
+    many = draw(torch.zeros(2000, 1, 2, 2), [(0, 1, place) for place in range(2000)], 10, image_dropout=0.1)
+    assert many.timesteps.bincount(minlength=10).float().std() < 3 * 200**0.5
+    assert many.timesteps.float().mean().item() == pytest.approx(4.5, abs=0.3)
+    assert many.conditional.float().mean().item() == pytest.approx(0.9, abs=0.02)
+    assert many.noise.mean().item() == pytest.approx(0, abs=0.04)
+    assert many.noise.var().item() == pytest.approx(1, abs=0.06)
 
 
 def test_pooling_to_a_scale_that_is_none_is_refused():
@@ -139,9 +102,9 @@ def test_training_lowers_the_loss_and_saves_averaged_weights(tmp_path, num_token
     run.save_model()
     saved = PumaUNet2DConditionModel.from_pretrained(tmp_path)
     assert saved.config.num_tokens == num_tokens and "use_cache" not in saved.config
-    for shadow, stored, current in zip(run.ema.shadow_params, saved.parameters(), unet.parameters(), strict=True):
+    for shadow, stored in zip(run.ema.shadow_params, saved.parameters(), strict=True):
         torch.testing.assert_close(shadow, stored, rtol=0, atol=0)
-        assert not torch.equal(stored, current)
+    assert not torch.equal(saved.conv_in.weight, unet.conv_in.weight)
 
 
 def test_average_follows_its_formula(tmp_path):
@@ -210,12 +173,10 @@ def test_best_checkpoint_is_loaded_with_its_average(tmp_path):
 def test_dropped_pictures_become_the_black_image_without_positions(tmp_path):
     unet = tiny_unet(16, use_position_table=True)
     run = trainer(tmp_path, unet, image_dropout=1.0)
-    batch = {key: torch.stack([row[key] for row in rows(3)]) for key in ("latents", "features")}
-    torch.manual_seed(5)
+    batch = {key: torch.stack([row[key] for row in rows(3)]) for key in ("latents", "features")} | {"first_place": 0}
     dropped = run.compute_loss(unet, batch)
     dropped.backward()
     assert unet.position_table.grad.abs().sum() == 0
-    torch.manual_seed(5)
     other = run.compute_loss(unet, {**batch, "features": torch.ones(3, 16, CHANNELS)})
     torch.testing.assert_close(dropped, other, rtol=0, atol=0)
 

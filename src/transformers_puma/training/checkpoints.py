@@ -1,0 +1,155 @@
+"""Checkpoints that survive a kill, a full disk and a loss that is no number, for every trainer of PUMA.
+
+`transformers.Trainer` writes a checkpoint file by file into its final folder, and resumes from the folder of the
+highest step whether or not all of it is there. Here a checkpoint counts only once its manifest lists every file with
+its size. The manifest is written last, after all processes are done and before any older checkpoint is deleted.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, rotate_checkpoints
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_NAME = "checkpoint_manifest.json"
+
+
+def write_manifest(checkpoint: str | Path) -> None:
+    """Declares the files that are now in the folder `checkpoint` to be all of it; in one rename."""
+    checkpoint = Path(checkpoint)
+    partial = checkpoint / f"{MANIFEST_NAME}.partial"
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path != partial]
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in sorted(paths)}
+    partial.write_text(json.dumps(sizes, indent=1))
+    os.replace(partial, checkpoint / MANIFEST_NAME)
+
+
+def missing_files(checkpoint: str | Path) -> list[str]:
+    """Names of the files that `checkpoint` lacks, or has with another size than its manifest says; [] if it is whole.
+
+    Without a manifest that is the manifest.
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / MANIFEST_NAME).is_file():
+        return [MANIFEST_NAME]
+    sizes = json.loads((checkpoint / MANIFEST_NAME).read_text())
+    found = {name: checkpoint / name for name in sizes if (checkpoint / name).is_file()}
+    return [name for name, size in sizes.items() if name not in found or found[name].stat().st_size != size]
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """Path of the checkpoint of the highest step in `folder` that is whole; None if there is none."""
+    steps = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdigit() and path.is_dir():
+            steps[int(step)] = path
+    for step in sorted(steps, reverse=True):
+        missing = missing_files(steps[step])
+        if not missing:
+            return str(steps[step])
+        logger.warning("%s is not whole and left aside: %s is missing or cut short", steps[step], missing[0])
+    return None
+
+
+class ResumableTrainerMixin:
+    """Goes before `transformers.Trainer` or a subclass of it, such as TRL's, among the bases of a trainer.
+
+    - `train(resume_from_checkpoint=True)` goes on from the last whole checkpoint, or starts where there is none: the
+      same command starts a run and, after a kill at any moment, continues it to the same losses.
+    - A checkpoint that cannot be written stops the run, and so does a loss that is not finite. The error names the
+      last whole checkpoint. Weights that are not finite are never saved.
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `transformers.Trainer`, but True is no error where there is no checkpoint yet.
+
+        Raises:
+            ValueError: True although `save_only_model` keeps nothing to resume from, or a path to a checkpoint that
+                its manifest shows to be cut short.
+        """
+        if resume_from_checkpoint is True:
+            if self.args.save_only_model:
+                raise ValueError("resume_from_checkpoint=True needs save_only_model=False: the optimizer is not saved")
+            # One answer for all processes, even if a node does not see the folder: it then fails instead of diverging.
+            choice = [last_whole_checkpoint(self.args.output_dir)]
+            resume_from_checkpoint = broadcast_object_list(choice)[0]
+            logger.info("resuming from %s", resume_from_checkpoint or "nothing: a fresh start")
+        elif resume_from_checkpoint and Path(resume_from_checkpoint, MANIFEST_NAME).is_file():
+            missing = missing_files(resume_from_checkpoint)
+            if missing:
+                raise ValueError(f"{resume_from_checkpoint} is not whole: {missing} missing or cut short")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {loss}. {self._way_on()}")
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Losses not yet logged are in no checkpoint: without this the first loss that a resumed run logs would be the
+        # mean of fewer steps than in an unbroken one.
+        self.control.should_log |= self.control.should_save and self.args.logging_strategy != IntervalStrategy.NO
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self._check_weights()
+        if self.args.should_save and checkpoint.exists():  # cut short by a kill, or of a run that went another way
+            shutil.rmtree(checkpoint)
+        self.accelerator.wait_for_everyone()
+        try:
+            with self._no_rotation():
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save and not self.args.save_only_model:
+                write_manifest(checkpoint)
+        # torch reports a failed write as a RuntimeError, safetensors as its own error.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(self.args.output_dir).free / 2**20
+            if self.args.should_save:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise OSError(
+                f"{checkpoint} could not be written, with {free:.0f} MiB free on its disk: {error}. {self._way_on()}"
+            ) from error
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(checkpoint.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    @contextmanager
+    def _no_rotation(self) -> Iterator[None]:
+        """The stock method deletes older checkpoints at its end, when this one does not have its manifest yet."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _check_weights(self) -> None:
+        """A finite loss can have gradients that are not, and the step after which a checkpoint is due apply them."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.state.global_step}: not saved. {self._way_on()}"
+                )
+
+    def _way_on(self) -> str:
+        checkpoint = last_whole_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            return "There is no whole checkpoint."
+        return f"The last whole checkpoint is {checkpoint}; resume_from_checkpoint=True goes on from it."
