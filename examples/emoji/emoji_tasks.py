@@ -1,99 +1,166 @@
-"""What the language model of the small PUMA is taught: captions, questions and edits about emoji.
+"""What the language model of the small PUMA is taught: all tasks of the report, about emoji and scenes of them.
 
 Row i of a run is a pure function of the seed and i, so a resumed run sees the rows that an unbroken one would. All
-rows of
-one batch are of one kind and end at one scale: causality lets a sequence stop after any scale, and short ones are
-    cheap.
+rows of one batch are of one kind and end at one scale: causality lets a sequence stop after any scale, and short ones
+are cheap.
 """
 
 import random
 from dataclasses import dataclass
 
 import torch
+from build_dataset import SIZE
+from emoji_edits import EmojiEdits, Picture
+from emoji_pictures import HUES
+from emoji_questions import BOX, EMOJI_TYPES, Question, emoji_question, scene_question
+from emoji_sets import TONES
+from emoji_words import (
+    COLOUR_EDITS,
+    CONDITIONS,
+    GENDER_EDITS,
+    HAIR,
+    STYLE_EDITS,
+    TONE_EDITS,
+    addition,
+    caption,
+    conditional_prompt,
+    hair_change,
+    removal,
+    scene_caption,
+)
 from torch.utils.data import Dataset
 
 from transformers_puma import flatten_scales, multigranular_features
+from transformers_puma.processing_puma import CHAT_TEMPLATE
 
-CAPTIONS = (
-    "{name} in {style} style",
-    "{style} {name}",
-    "a {style} emoji of {name}",
-    "{name}, {tags}, in {style} style",
-)
-EDITS = ("change the art style to {style}", "the same in {style} style", "redraw it in {style} style")
-WHAT, STYLE, GROUP = "What is this?", "Which art style is this?", "Which group does it belong to?"
-KINDS = ("draw", "describe", "ask", "edit")
+KINDS = ("draw", "describe", "ask", "edit", "condition")
+SHOWN_ROLES = ("scene", "removed", "recoloured")  # what may be drawn from words and described
 
 
 @dataclass
 class TaskMix:
-    """Shares of the kinds of batches, and of the scales at which drawn pictures end (index: scale)."""
+    """What a run is made of.
 
-    kinds: tuple[float, ...] = (0.88, 0.02, 0.07, 0.03)
+    Attributes:
+        kinds: shares of the kinds of batches, in the order of `KINDS`.
+        finest_scale: shares of the scales at which pictures drawn from words end (index: scale).
+        finest_scale_edits: the same for pictures drawn from pictures.
+        scenes: share of composed pictures in drawing, describing and asking.
+    """
+
+    kinds: tuple[float, ...] = (0.74, 0.03, 0.10, 0.08, 0.05)
     finest_scale: tuple[float, ...] = (0.05, 0.15, 0.80, 0.0, 0.0)
+    finest_scale_edits: tuple[float, ...] = (0.15, 0.35, 0.50, 0.0, 0.0)
+    scenes: float = 0.35
 
 
-def caption(text: dict, rng: random.Random | None = None) -> str:
-    """The caption of a picture: the plain form for evaluation, any form for training."""
-    if rng is None:
-        return CAPTIONS[0].format(**{**text, "tags": ""})
-    tags = [tag for tag in text["tags"] if tag.isalpha()]
-    form = rng.choice(CAPTIONS if tags else CAPTIONS[:-1])
-    return form.format(name=text["name"], style=text["style"], tags=" ".join(rng.sample(tags, min(3, len(tags)))))
+@dataclass
+class EmojiSplit:
+    """Pictures of one split, as encoder features (n, k_0, C) of the finest scale, with what is known of each.
 
+    Attributes:
+        texts: of each emoji: name, style, tags, base, codepoints, group, tone, gender and colour.
+        scenes: of each composed picture: its row of build_scenes.py without the picture.
+    """
 
-def question_and_answer(text: dict, other: dict, rng: random.Random) -> tuple[str, str]:
-    """A question about a picture and its answer; `other` is another picture's text, for what this is not."""
-    kind = rng.randrange(4)
-    if kind == 0:
-        return WHAT, text["name"]
-    if kind == 1:
-        return STYLE, text["style"]
-    if kind == 2 and text["group"]:
-        return GROUP, text["group"].replace("-", " and ")
-    shown = rng.random() < 0.5
-    return f"Is this {(text if shown else other)['name']}?", "yes" if shown or other["name"] == text["name"] else "no"
+    texts: list[dict]
+    features: torch.Tensor
+    scenes: list[dict]
+    scene_features: torch.Tensor
+
+    def __post_init__(self):
+        rows_of: dict[tuple[str, str], list[int]] = {}
+        for row, text in enumerate(self.texts):
+            rows_of.setdefault((text["base"], text["style"]), []).append(row)
+        self.groups = list(rows_of.values())
+        self.shown = [row for row, scene in enumerate(self.scenes) if scene["role"] in SHOWN_ROLES]
+        self.conditions = [row for row, scene in enumerate(self.scenes) if scene["role"] in CONDITIONS]
+        self.edits = EmojiEdits(self.texts, self.scenes)
+
+    def draw_emoji(self, rng: random.Random) -> int:
+        """A row of a random concept in a random style, so that people's variants don't crowd out the rest."""
+        return rng.choice(rng.choice(self.groups))
+
+    def words(self, picture: Picture, rng: random.Random | None = None) -> str:
+        """The caption of an emoji or a scene."""
+        which, row = picture
+        if which == "emoji":
+            return caption(self.texts[row], rng)
+        return scene_caption(self.scenes[row]["objects"], self.scenes[row]["style"], rng)
+
+    def origin(self, row: int) -> Picture:
+        """The picture that a composed one was made from."""
+        return self.scenes[row]["origin_set"], self.scenes[row]["origin"]
+
+    def question(self, picture: Picture, rng: random.Random, type: str | None = None) -> Question | None:
+        """A question about a picture, of one type or of a random one; None if that type has none for it."""
+        which, row = picture
+        if which == "scenes" and self.origin(row)[0] != "emoji":
+            return scene_question(self.scenes[row], self.scenes[rng.choice(self.shown)], rng, type)
+        # One emoji, as it is or in another colour.
+        text = self.texts[row if which == "emoji" else self.origin(row)[1]]
+        if which == "scenes":
+            text = text | {"colour": self.scenes[row]["objects"][0]["colour"]}
+        return emoji_question(text, self.texts[self.draw_emoji(rng)], rng, type)
 
 
 def all_texts(texts: list[dict]) -> list[str]:
-    """What the tokenizer is trained on."""
+    """What the tokenizer is trained on: every form of every task with the names of these emoji."""
     rng = random.Random(0)
-    lines = [caption(text, rng) for text in texts]
-    lines += [part for text in texts for part in question_and_answer(text, rng.choice(texts), rng)]
-    return lines + [form.format(style=text["style"]) for text in texts for form in EDITS]
+    system = CHAT_TEMPLATE.split("{{- '")[1].split("' -}}")[0].replace("\\'", "'")
+    lines = []
+    for text in texts:
+        known = text | {"colour": rng.choice(list(HUES)), "adjective": rng.choice(["", *HUES])}
+        others = [rng.choice(texts) | {"colour": "red", "adjective": ""} for _ in range(2)]
+        places = rng.sample(("top left", "top right", "bottom left", "bottom right"), 3)
+        objects = [
+            thing | {"place": where, "box": (0, 0, 1, 1)}
+            for thing, where in zip([known, *others], places, strict=True)
+        ]
+        scene = {"style": text["style"], "objects": objects}
+        questions = [emoji_question(known, others[0], rng, type) for type in EMOJI_TYPES]
+        questions.append(scene_question(scene, {"objects": objects[1:]}, rng))
+        lines += [f"USER: {q.question} ASSISTANT: {q.answer}".replace(BOX, "") for q in questions if q]
+        lines += [caption(text, rng), scene_caption(objects, text["style"], rng), system]
+        lines += [removal(objects[0], objects, rng), addition(objects[0], rng)]
+        lines.append(rng.choice(COLOUR_EDITS).format(it=rng.choice(("it", f"the {text['name']}")), colour="blue"))
+        lines.append(rng.choice(STYLE_EDITS).format(style=text["style"]))
+    forms = [form.format(caption="") for forms in CONDITIONS.values() for form in forms]
+    forms += [form.format(tone=tone) for form in TONE_EDITS for tone in TONES.values()]
+    forms += [form.format(gender=gender) for form in GENDER_EDITS for gender in ("man", "woman")]
+    return lines + forms + [hair_change(hair) for hair in HAIR.values()]
 
 
 class EmojiRows(Dataset):
     """Training rows for `PumaDataCollator`, with encoder features in place of pictures.
 
     Args:
-        texts: a dict for each picture, with name, style, tags, base, codepoints, group.
-        features: (n, k_0, C) finest-scale features of the same pictures.
+        split: the pictures.
         num_scales: of the model.
         batch_size: rows that go into one batch.
         length: rows in the whole run.
+
+    Raises:
+        ValueError: the mix asks for what the split does not have.
     """
 
     def __init__(
-        self,
-        texts: list[dict],
-        features: torch.Tensor,
-        num_scales: int,
-        batch_size: int,
-        length: int,
-        seed: int,
-        mix: TaskMix | None = None,
+        self, split: EmojiSplit, num_scales: int, batch_size: int, length: int, seed: int, mix: TaskMix | None = None
     ):
-        self.texts, self.features, self.num_scales = texts, features, num_scales
+        self.split, self.num_scales = split, num_scales
         self.batch_size, self.length, self.seed = batch_size, length, seed
         self.mix = mix or TaskMix()
-        self.by_concept_style: dict[tuple[str, str], list[int]] = {}
-        self.by_codepoints: dict[str, list[int]] = {}
-        for row, text in enumerate(texts):
-            self.by_concept_style.setdefault((text["base"], text["style"]), []).append(row)
-            self.by_codepoints.setdefault(text["codepoints"], []).append(row)
-        self.groups = list(self.by_concept_style.values())
-        self.pairs = [rows for rows in self.by_codepoints.values() if len(rows) > 1]
+        if len(self.mix.kinds) != len(KINDS):
+            raise ValueError(f"kinds={self.mix.kinds} must hold a share for each of {KINDS}")
+        shares = dict(zip(KINDS, self.mix.kinds, strict=True))
+        needed = {
+            "scenes": (self.mix.scenes, split.shown),
+            "condition": (shares["condition"], split.conditions),
+            "edit": (shares["edit"], split.edits.types),
+        }
+        for name, (share, there) in needed.items():
+            if share and not there:
+                raise ValueError(f"the mix has a share of {share} for {name}, but the split holds none")
 
     def __len__(self) -> int:
         return self.length
@@ -101,33 +168,48 @@ class EmojiRows(Dataset):
     def __getitem__(self, index: int) -> dict:
         batch_rng = random.Random(f"{self.seed} {index // self.batch_size}")
         kind = batch_rng.choices(KINDS, self.mix.kinds)[0]
-        finest_scale = batch_rng.choices(range(len(self.mix.finest_scale)), self.mix.finest_scale)[0]
+        from_picture = kind in ("edit", "condition")
+        scales = self.mix.finest_scale_edits if from_picture else self.mix.finest_scale
+        finest_scale = batch_rng.choices(range(len(scales)), scales)[0]
         rng = random.Random(f"{self.seed} row {index}")
-        row = rng.choice(rng.choice(self.groups))
-        text = self.texts[row]
+        pictures, row = (self._from_picture if from_picture else self._one_picture)(kind, rng)
+        if kind in ("draw", "edit", "condition"):
+            row["finest_scale"] = finest_scale
+        return {**row, "image_features": [self._sequence(picture) for picture in pictures]}
+
+    def _one_picture(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
+        split = self.split
+        composed = rng.random() < self.mix.scenes
+        picture = ("scenes", rng.choice(split.shown)) if composed else ("emoji", split.draw_emoji(rng))
         if kind == "draw":
-            pictures = [row]
-            example = {"prompt": caption(text, rng), "completion": "<image>", "finest_scale": finest_scale}
-        elif kind == "describe":
-            pictures = [row]
-            example = {"prompt": "<image>", "completion": caption(text, rng)}
-        elif kind == "ask":
-            pictures = [row]
-            question, answer = question_and_answer(text, self.texts[rng.choice(rng.choice(self.groups))], rng)
-            example = {"messages": _conversation(question, answer)}
+            return [picture], {"prompt": split.words(picture, rng), "completion": "<image>"}
+        if kind == "describe":
+            return [picture], {"prompt": "<image>", "completion": split.words(picture, rng)}
+        return [picture], conversation(split.question(picture, rng))
+
+    def _from_picture(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
+        if kind == "edit":
+            edit = self.split.edits.draw(rng)
+            source, target, words = edit.source, edit.target, edit.instruct(rng)
         else:
-            pictures = rng.sample(rng.choice(self.pairs), 2)
-            instruction = rng.choice(EDITS).format(style=self.texts[pictures[1]]["style"])
-            example = {"prompt": f"<image>{instruction}", "completion": "<image>", "finest_scale": finest_scale}
-        return {**example, "image_features": [self._sequence(picture) for picture in pictures]}
+            number = rng.choice(self.split.conditions)
+            source, target = ("scenes", number), self.split.origin(number)
+            words = conditional_prompt(self.split.scenes[number]["role"], self.split.words(target, rng), rng)
+        return [source, target], {"prompt": f"<image>{words}", "completion": "<image>"}
 
-    def _sequence(self, row: int) -> torch.Tensor:
+    def _sequence(self, picture: Picture) -> torch.Tensor:
         """(S, C) features of one picture, coarsest scale first."""
-        return flatten_scales(multigranular_features(self.features[row][None].float(), self.num_scales))[0]
+        which, row = picture
+        finest = (self.split.features if which == "emoji" else self.split.scene_features)[row]
+        return flatten_scales(multigranular_features(finest[None].float(), self.num_scales))[0]
 
 
-def _conversation(question: str, answer: str) -> list[dict]:
-    return [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+def conversation(question: Question) -> dict:
+    """The row of a question and its answer; with a box, also the picture's size that the box is in pixels of."""
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
     ]
+    if question.box is None:
+        return {"messages": messages}
+    return {"messages": messages, "boxes": [question.box], "image_sizes": [(SIZE, SIZE)]}

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from build_dataset import load_emoji, to_uint8
 from datasets import Dataset
+from emoji_pictures import colour_of
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -82,6 +83,11 @@ class EmojiPictures:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def described(self) -> list[dict]:
+        """The texts, each with the named colour of its picture, or "" where none is dominant."""
+        colours = map(colour_of, self.pixels.permute(0, 2, 3, 1).numpy())
+        return [text | {"colour": colour} for text, colour in zip(self.texts, colours, strict=True)]
 
     def draw(self, groups: torch.Tensor) -> torch.Tensor:
         """One random row of each group."""

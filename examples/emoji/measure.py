@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 
 import torch
-from emoji_tasks import STYLE, WHAT, caption
+from emoji_questions import STYLE, WHAT
 from emoji_training import EmojiPictures, load_pictures, psnr, psnr_where
+from emoji_words import caption
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm

@@ -33,6 +33,7 @@ class Stage:
 
 def stages(data: Path, scenes: Path, runs: Path, out: Path, preset: str, max_steps: int | None) -> list[Stage]:
     """All stages, in order. `max_steps` cuts each training and the scenes short, to try the recipe out."""
+    sources = ["--data", str(data), "--scenes", str(scenes)]
     training = ["--data", str(data), "--preset", preset]
     if max_steps is not None:
         training += ["--max_steps", str(max_steps), "--warmup_steps", "0"]
@@ -42,13 +43,12 @@ def stages(data: Path, scenes: Path, runs: Path, out: Path, preset: str, max_ste
     def trained(name: str, script: str, result: Path, *arguments: str | Path, needs: tuple[str, ...]) -> Stage:
         return Stage(name, script, [*training, "--out", str(result), *map(str, arguments)], result, needs)
 
-    sources = ["--data", str(data), "--scenes", str(scenes)]
     composing = ["--data", str(data), "--out", str(scenes)]
     if max_steps is not None:
         composing += ["--share", "0.01"]
-    language_model = ["--cache", cache, "--encoder", encoder]
+    language_model = ["--scenes", scenes, "--cache", cache, "--encoder", encoder]
     tuned = runs / "mllm_tuned"
-    tuning = ["--cache", cache, "--pretrained", mllm]
+    tuning = ["--scenes", scenes, "--cache", cache, "--pretrained", mllm]
     decoders = [
         trained(f"unet_{s}", "train_decoder.py", unets[s], "--scale", s, "--cache", cache, needs=("cache",))
         for s in SCALES

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from build_scenes import load_scenes
 from cache_features import load_cache
-from emoji_tasks import EmojiRows, TaskMix, all_texts
+from emoji_tasks import EmojiRows, EmojiSplit, TaskMix, all_texts
 from emoji_training import StageArguments, count_parameters, load_pictures, parse_arguments, run_stage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -44,8 +45,13 @@ PRESETS = {
 
 
 @dataclass
-class LanguageModelArguments:
+class CachedData:
     cache: str = field(default="runs/emoji/cache", metadata={"help": "folder that cache_features.py wrote"})
+    scenes: str = field(default="data/emoji-scenes", metadata={"help": "folder that build_scenes.py wrote"})
+
+
+@dataclass
+class LanguageModelArguments(CachedData):
     encoder: str = field(default="runs/emoji/encoder", metadata={"help": "the trained encoder"})
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     num_layers: int = field(default=4, metadata={"help": "depth of the language model"})
@@ -126,18 +132,23 @@ def train(
     processor: PumaProcessor,
     stage: StageArguments,
     arguments: PumaTrainingArguments,
-    cache: str,
+    options: CachedData,
     mix: TaskMix,
 ) -> None:
     """Trains on rows of `mix`, evaluates on drawing unseen pairs down to the finest scale, and writes `stage.out`."""
-    pictures = load_pictures(stage.data)
+    pictures, scenes = load_pictures(stage.data), load_scenes(options.scenes)
 
     def rows(split: str, length: int, mix: TaskMix) -> EmojiRows:
-        features = load_cache(cache, split)["features"]
+        emoji = EmojiSplit(
+            pictures[split].described(),
+            load_cache(options.cache, split)["features"],
+            scenes[split].remove_columns("image").to_list(),
+            load_cache(options.cache, f"scenes_{split}")["features"],
+        )
         size = arguments.per_device_train_batch_size
-        return EmojiRows(pictures[split].texts, features, model.config.num_scales, size, length, arguments.seed, mix)
+        return EmojiRows(emoji, model.config.num_scales, size, length, arguments.seed, mix)
 
-    draw = TaskMix(kinds=(1, 0, 0, 0), finest_scale=(1, 0, 0, 0, 0))
+    draw = TaskMix(kinds=(1, 0, 0, 0, 0), finest_scale=(1, 0, 0, 0, 0), scenes=0.25)
     trainer = OrderedTrainer(
         model,
         arguments,
@@ -168,7 +179,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = build_model(processor, encoder, options)
     standardize_feature_heads(model, *feature_statistics(features.split(512), features.shape[1]))
-    train(model, processor, stage, arguments, options.cache, TaskMix())
+    train(model, processor, stage, arguments, options, TaskMix())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from emoji_tasks import TaskMix
 from emoji_training import parse_arguments
-from train_language_model import COMMON, train
+from train_language_model import COMMON, CachedData, train
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 from transformers_puma.training import PumaTrainingArguments
@@ -30,14 +30,13 @@ PRESETS = {
         **COMMON,
     ),
 }
-MIX = TaskMix(kinds=(0.30, 0.05, 0.60, 0.05))
+MIX = TaskMix(kinds=(0.25, 0.05, 0.45, 0.15, 0.10))
 TEXT_LOSS_WEIGHT = 1.0
 
 
 @dataclass
-class TuningArguments:
+class TuningArguments(CachedData):
     pretrained: str = field(default="runs/emoji/mllm", metadata={"help": "the model to start from"})
-    cache: str = field(default="runs/emoji/cache", metadata={"help": "folder that cache_features.py wrote"})
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = PumaForConditionalGeneration.from_pretrained(options.pretrained, text_loss_weight=TEXT_LOSS_WEIGHT)
     processor = PumaProcessor.from_pretrained(options.pretrained)
-    train(model, processor, stage, arguments, options.cache, MIX)
+    train(model, processor, stage, arguments, options, MIX)
 
 
 if __name__ == "__main__":
