@@ -1,0 +1,36 @@
+"""LoRA on the backbone, with what no backbone had before PUMA trained in full: projector, image head, new tokens."""
+
+from peft import LoraConfig
+
+from ..modeling_puma import PumaForConditionalGeneration
+from ..processing_puma import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, PumaProcessor, location_token
+
+# The encoder's layers have names of the same kind: only those of the language model are meant.
+LINEAR_LAYERS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def puma_token_ids(processor: PumaProcessor) -> list[int]:
+    """Ids of the tokens that `add_puma_tokens` gave the tokenizer, 227 with 224 location tokens."""
+    locations = map(location_token, range(processor.num_location_tokens))
+    return processor.tokenizer.convert_tokens_to_ids([IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN, *locations])
+
+
+def puma_lora_config(model: PumaForConditionalGeneration, token_ids: list[int], **options) -> LoraConfig:
+    """The adapter's settings; `peft.get_peft_model(model, ...)` then makes the model that `PumaTrainer` takes.
+
+    Args:
+        model: whose backbone the adapter is for.
+        token_ids: rows of the embedding and of the text head that are trained, from `puma_token_ids`; the adapter
+            holds these rows only. An empty list keeps both as they are.
+        options: of `LoraConfig` (`r`, `lora_alpha`, ..); `target_modules` (by default `LINEAR_LAYERS`, the names of
+            Llama and its kin) and `modules_to_save` (by default projector and image head) win over what is set here.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in (embedding, head)]
+    settings = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": LINEAR_LAYERS,
+        "modules_to_save": ["projector", "image_head"],
+        "trainable_token_indices": {name: token_ids for name in names} if token_ids else None,
+    }
+    return LoraConfig(**(settings | options))
