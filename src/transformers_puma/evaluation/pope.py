@@ -1,0 +1,100 @@
+"""POPE: is an object in the picture or not? A model that names what is not there says yes too often.
+
+Files of the repository AoiDragon/POPE (`output/coco`): `{split}/{split}_pope_{category}.json` with a JSON object a
+line: `question_id`, `image`, `text`, `label` (`yes` or `no`). Pictures are COCO's, in `val2014/`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .intervals import bootstrap_statistic
+from .questions import Benchmark, Question, Scores, read_json_lines, require_fields, short_answer_prompt
+from .runner import Row
+
+CATEGORIES = ("random", "popular", "adversarial")
+
+
+class POPE(Benchmark):
+    """Accuracy, precision, recall, F1 (of yes) and the share of yes in percent, for each way to choose absent objects,
+    and the means over the three. `data` holds the folder of the split and `val2014/`."""
+
+    name = "pope"
+    headline = "f1"
+    default_split = "coco"
+
+    def read(self) -> list[Question]:
+        questions = []
+        for category in CATEGORIES:
+            file = self.data / self.split / f"{self.split}_pope_{category}.json"
+            for row in read_json_lines(file):
+                require_fields(row, ("question_id", "image", "text", "label"), f"a question in {file}")
+                if row["label"] not in ("yes", "no"):
+                    raise ValueError(
+                        f"question {row['question_id']} in {file}: label {row['label']!r} is not yes or no"
+                    )
+                questions.append(
+                    Question(
+                        id=f"{category}/{row['question_id']}",
+                        picture=self.data / "val2014" / row["image"],
+                        prompt=short_answer_prompt(row["text"]),
+                        answers=(row["label"],),
+                        category=category,
+                    )
+                )
+        return questions
+
+    def judge(self, question: Question, answer: str) -> Row:
+        prediction = parse_polled(answer)
+        return {"prediction": prediction, "score": float(prediction == question.answers[0])}
+
+    def scores(self, rows: Sequence[Row]) -> Scores:
+        outcomes: dict[str, list] = {}
+        for question, row in zip(self.questions, rows, strict=True):
+            said, true = row["prediction"] == "yes", question.answers[0] == "yes"
+            # (4,): true positive, false positive, false negative, true negative
+            one = [said and true, said and not true, true and not said, not said and not true]
+            outcomes.setdefault(question.category, []).append(one)
+        parts = {category: np.array(part, dtype=float) for category, part in outcomes.items()}
+        table = {self.name: _metrics(list(parts.values()))}
+        return table | {self.row_name(category): _metrics([part]) for category, part in parts.items()}
+
+
+def parse_polled(answer: str) -> str:
+    """`no` if the first sentence holds the word no or not, else `yes`, as the benchmark's own `evaluate.py`."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def precision(rates: np.ndarray) -> float:
+    """From the shares (4,) of true and false positives, false and true negatives; 0 if nothing was called positive."""
+    positive = rates[0] + rates[1]
+    return rates[0] / positive if positive else 0.0
+
+
+def recall(rates: np.ndarray) -> float:
+    """0 if nothing is positive."""
+    true = rates[0] + rates[2]
+    return rates[0] / true if true else 0.0
+
+
+def f1(rates: np.ndarray) -> float:
+    """0 if nothing is positive, nor was called so."""
+    both = 2 * rates[0] + rates[1] + rates[2]
+    return 2 * rates[0] / both if both else 0.0
+
+
+METRICS = {
+    "accuracy": lambda rates: rates[0] + rates[3],
+    "precision": precision,
+    "recall": recall,
+    "f1": f1,
+    "yes_ratio": lambda rates: rates[0] + rates[1],
+}
+
+
+def _metrics(parts: list[np.ndarray]) -> dict[str, dict[str, float]]:
+    return {
+        name: bootstrap_statistic(parts, lambda means, metric=metric: 100 * np.mean([metric(mean) for mean in means]))
+        for name, metric in METRICS.items()
+    }
