@@ -61,12 +61,13 @@ class EmojiSplit:
     Attributes:
         texts: of each emoji: name, style, tags, base, codepoints, group, tone, gender and colour.
         scenes: of each composed picture: its row of build_scenes.py without the picture.
+        features, scene_features: of the emoji and the scenes; only training rows need them.
     """
 
     texts: list[dict]
-    features: torch.Tensor
     scenes: list[dict]
-    scene_features: torch.Tensor
+    features: torch.Tensor | None = None
+    scene_features: torch.Tensor | None = None
 
     def __post_init__(self):
         rows_of: dict[tuple[str, str], list[int]] = {}

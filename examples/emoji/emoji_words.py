@@ -18,17 +18,10 @@ CAPTIONS = (
 NUMBERS = ("zero", "one", "two", "three", "four")
 HEAD = re.compile(r"^(.*?)( (?:of|with|without|in|on|behind|arrow) .*)?$")
 IRREGULAR = {
-    "mouse": "mice",
-    "goose": "geese",
-    "ox": "oxen",
-    "wolf": "wolves",
-    "knife": "knives",
-    "leaf": "leaves",
-    "die": "dice",
-}
-IRREGULAR |= {
-    same: same for same in ("fish", "sheep", "deer", "moose", "bison", "buffalo", "shrimp", "squid", "sushi")
-}
+    "mouse": "mice", "goose": "geese", "ox": "oxen", "wolf": "wolves", "knife": "knives", "leaf": "leaves",
+    "sheaf": "sheaves", "die": "dice", "fish": "fish", "sheep": "sheep", "deer": "deer", "moose": "moose",
+    "bison": "bison", "buffalo": "buffalo", "shrimp": "shrimp", "squid": "squid", "sushi": "sushi",
+}  # fmt: skip
 # Names that take neither an article nor a plural.
 NO_PLURAL = {
     "bacon", "badminton", "baseball", "basketball", "bowling", "bread", "building construction", "butter",

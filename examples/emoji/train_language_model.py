@@ -141,8 +141,8 @@ def train(
     def rows(split: str, length: int, mix: TaskMix) -> EmojiRows:
         emoji = EmojiSplit(
             pictures[split].described(),
-            load_cache(options.cache, split)["features"],
             scenes[split].remove_columns("image").to_list(),
+            load_cache(options.cache, split)["features"],
             load_cache(options.cache, f"scenes_{split}")["features"],
         )
         size = arguments.per_device_train_batch_size

@@ -1,4 +1,4 @@
-"""The whole recipe of the small model, one step a stage, and what is its own in it: rows, order, resumption."""
+"""The whole recipe of the small model, one step a stage, and what is its own in it: order and resumption."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 from diffusers_puma import PumaPipeline
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples" / "emoji"))
 
 import train  # noqa: E402
 from build_dataset import FEATURES  # noqa: E402
-from emoji_tasks import EmojiRows, TaskMix, caption  # noqa: E402
+from build_scenes import load_scenes  # noqa: E402
 
 STYLES, COLOURS = ("round", "square"), ("red", "green", "blue", "orange")
 
@@ -29,7 +30,7 @@ def row(colour: str, style: str) -> dict:
     image = Image.new("RGB", (64, 64), "white")
     draw = ImageDraw.Draw(image)
     (draw.ellipse if style == "round" else draw.rectangle)((16, 16, 48, 48), fill=colour)
-    text = {"subgroup": "", "tone": "none", "gender": "none", "group": "things"}
+    text = {"subgroup": "", "tone": "none", "gender": "none", "group": "objects"}
     return {
         "image": image,
         "style": style,
@@ -47,47 +48,8 @@ def data(tmp_path_factory) -> Path:
     splits = {"train": rows * 13, "heldout_concept": [row("brown", "round")], "heldout_pair": rows[:2]}
     path = tmp_path_factory.mktemp("recipe") / "emoji"
     DatasetDict({k: Dataset.from_list(v, features=FEATURES) for k, v in splits.items()}).save_to_disk(str(path))
+    (path / "LICENSES.md").write_text("Drawn by this test.")
     return path
-
-
-def rows_of(mix: TaskMix, length: int = 64) -> EmojiRows:
-    texts = [row(colour, style) for colour in COLOURS for style in STYLES]
-    features = torch.arange(len(texts)).float()[:, None, None].expand(-1, 256, 2)
-    return EmojiRows(texts, features, num_scales=5, batch_size=8, length=length, seed=0, mix=mix)
-
-
-def test_rows_depend_on_seed_and_number_alone():
-    first, second = rows_of(TaskMix()), rows_of(TaskMix())
-    for i in (63, 0, 17):
-        ours, theirs = first[i], second[i]
-        assert all(
-            torch.equal(a, b) for a, b in zip(ours.pop("image_features"), theirs.pop("image_features"), strict=True)
-        )
-        assert ours == theirs
-
-
-def test_rows_of_a_batch_are_of_one_kind_and_end_at_one_scale():
-    rows = rows_of(TaskMix(kinds=(0.25, 0.25, 0.25, 0.25), finest_scale=(0.2, 0.4, 0.4, 0, 0)), length=400)
-    kinds = set()
-    for start in range(0, 400, 8):
-        batch = [rows[i] for i in range(start, start + 8)]
-        form = {("messages" in r, r.get("finest_scale"), r.get("prompt") == "<image>") for r in batch}
-        assert len(form) == 1
-        kinds |= form
-    assert len(kinds) == 1 + 1 + 3
-
-
-def test_an_edit_is_the_same_emoji_in_the_style_that_is_asked_for():
-    rows = rows_of(TaskMix(kinds=(0, 0, 0, 1)))
-    for i in range(16):
-        example = rows[i]
-        source, target = (rows.texts[int(f[0, 0])] for f in example["image_features"])
-        assert source["codepoints"] == target["codepoints"] and source["style"] != target["style"]
-        assert target["style"] in example["prompt"] and example["prompt"].startswith("<image>")
-
-
-def test_the_plain_caption():
-    assert caption(row("red", "round")) == "red in round style"
 
 
 def run(data: Path, folder: Path) -> str:
@@ -99,6 +61,8 @@ def run(data: Path, folder: Path) -> str:
 def test_one_command_trains_all_parts_and_goes_on_where_it_stopped(data, tmp_path):
     first = run(data, tmp_path)
     assert "data, " not in first and "done already: data" in first
+    scenes = load_file(tmp_path / "runs/cache/scenes_train.safetensors")
+    assert len(scenes["features"]) == len(load_scenes(f"{data}-scenes")["train"]) == len(scenes["latents"])
     pipe = PumaPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert pipe.scales == [0, 1, 2, 3, 4]
     size = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*.safetensors"))

@@ -1,0 +1,412 @@
+"""Scenes and tasks of the small model on drawn pictures: what is said of a picture is what it shows."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "emoji"))
+
+import build_scenes  # noqa: E402
+import emoji_evaluation  # noqa: E402
+import emoji_pictures as pictures  # noqa: E402
+import emoji_words as words  # noqa: E402
+from build_dataset import FEATURES, load_emoji, to_uint8  # noqa: E402
+from build_scenes import is_heldout, load_scenes  # noqa: E402
+from emoji_edits import genderless, hairless  # noqa: E402
+from emoji_questions import EMOJI_TYPES, SCENE_TYPES  # noqa: E402
+from emoji_tasks import EmojiRows, EmojiSplit, TaskMix, all_texts, conversation  # noqa: E402
+from emoji_training import EmojiPictures  # noqa: E402
+
+from transformers_puma.evaluation.question_table import QuestionTable  # noqa: E402
+
+RGB = {"red": "#d02020", "green": "#20b040", "blue": "#2060e0", "yellow": "#f0d020", "purple": "#9030d0"}
+SHAPES = {"ball": "ellipse", "box": "rectangle", "jar": "rounded_rectangle", "kite": "regular_polygon"}
+STYLES = ("round", "thin")
+MAN, WOMAN, ZWJ, RED_HAIR = "1f468", "1f469", "200d", "1f9b0"
+
+
+def drawn(shape: str, colour: str, style: str) -> Image.Image:
+    image = Image.new("RGB", (64, 64), "white")
+    draw = ImageDraw.Draw(image)
+    if shape == "regular_polygon":
+        draw.regular_polygon((32, 32, 22), 4, rotation=45, fill=colour)
+    else:
+        getattr(draw, shape)((12, 16, 52, 48) if style == "round" else (20, 8, 44, 56), fill=colour)
+    return image
+
+
+def row(name: str, style: str, shape: str, colour: str, **more) -> dict:
+    return {
+        "image": drawn(shape, colour, style), "style": style, "tags": [name], "name": name, "codepoints": name,
+        "base": name, "group": "objects", "subgroup": "", "tone": "none", "gender": "none", **more,
+    }  # fmt: skip
+
+
+def person(name: str, codepoints: str, colour: str, **more) -> dict:
+    more = {"base": codepoints, "group": "people-body", "codepoints": codepoints} | more
+    return row(name, "round", "ellipse", colour, **more)
+
+
+def things(colours: list[str], styles=STYLES) -> list[dict]:
+    return [
+        row(f"{shape} {i}", style, SHAPES[shape], RGB[colour])
+        for i, colour in enumerate(colours)
+        for shape in SHAPES
+        for style in styles
+    ]
+
+
+PEOPLE = [
+    person("man", MAN, "#e0b080", gender="male"),
+    person("woman", WOMAN, "#e0b081", gender="female"),
+    person("woman: red hair", f"{WOMAN}-{ZWJ}-{RED_HAIR}", "#d0a070", gender="female"),
+    person("man: dark skin tone", f"{MAN}-1f3ff", "#604020", base=MAN, gender="male", tone="dark"),
+    person("man: light skin tone", f"{MAN}-1f3fb", "#f0d0b0", base=MAN, gender="male", tone="light"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Names such as 'ball 3' hold a digit, which objects' names may not: letters stand for the numbers."""
+    rows = things(list(RGB)) + PEOPLE
+    for entry in rows:
+        for number, letter in enumerate("abcde"):
+            entry["name"] = entry["name"].replace(f" {number}", f" {letter}")
+    split = {
+        "train": rows,
+        "heldout_concept": [
+            row(f"{shape} unseen", style, SHAPES[shape], RGB["blue"]) for shape in SHAPES for style in STYLES
+        ],
+        "heldout_pair": [row("ball a", "wide", "ellipse", RGB["red"]), row("box a", "wide", "rectangle", RGB["red"])],
+    }
+    path = tmp_path_factory.mktemp("tasks") / "emoji"
+    DatasetDict({k: Dataset.from_list(v, features=FEATURES) for k, v in split.items()}).save_to_disk(str(path))
+    (path / "LICENSES.md").write_text("Drawn by this test.")
+    return path
+
+
+@pytest.fixture(scope="module")
+def scenes(data) -> DatasetDict:
+    build_scenes.main(["--data", str(data), "--out", f"{data}-scenes", "--share", "0.01"])
+    return load_scenes(f"{data}-scenes")
+
+
+@pytest.fixture(scope="module")
+def split(data, scenes) -> EmojiSplit:
+    """Features hold the row's number: emoji from 0, scenes from 1000."""
+    emoji, composed = load_emoji(data)["train"], scenes["train"].remove_columns("image").to_list()
+    numbers = [torch.arange(n).float()[:, None, None].expand(-1, 256, 2) for n in (len(emoji), len(composed))]
+    return EmojiSplit(EmojiPictures(emoji).described(), composed, numbers[0], 1000 + numbers[1])
+
+
+def rows_of(split: EmojiSplit, length: int = 64, **mix) -> EmojiRows:
+    return EmojiRows(split, num_scales=5, batch_size=8, length=length, seed=0, mix=TaskMix(**mix))
+
+
+def pictures_of(example: dict) -> list[tuple[str, int]]:
+    numbers = [int(features[0, 0]) for features in example["image_features"]]
+    return [("scenes", number - 1000) if number >= 1000 else ("emoji", number) for number in numbers]
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("colour", RGB)
+def test_named_colours_and_recolouring_agree(colour):
+    picture = np.asarray(drawn("ellipse", RGB[colour], "round"))
+    assert pictures.colour_of(picture) == colour
+    assert pictures.recolour(picture, colour) is None
+    for other in {"red", "green", "blue"} - {colour}:
+        turned = pictures.recolour(picture, other)
+        assert pictures.colour_of(turned) == other
+        np.testing.assert_array_equal(turned[0], picture[0])  # white stays white
+
+
+def test_a_colour_is_said_only_where_it_is_most_of_the_object():
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    assert pictures.colour_of(picture) == "" and pictures.bounding_box(picture) is None
+    picture[10:30, 10:50], picture[30:50, 10:50] = (220, 20, 20), (20, 60, 220)
+    assert pictures.colour_of(picture) == "" and pictures.recolour(picture, "green") is None
+    assert pictures.bounding_box(picture) == (10, 10, 50, 50)
+
+
+def test_white_inside_an_outline_belongs_to_the_object():
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).ellipse((8, 8, 56, 56), outline="black", width=2)
+    assert pictures.colour_of(np.asarray(image)) == "white"
+    assert not pictures.silhouette(np.asarray(image))[0, 0] and pictures.silhouette(np.asarray(image))[32, 32]
+
+
+def test_conditions_keep_what_they_say():
+    picture = np.asarray(drawn("rectangle", RGB["blue"], "round"))
+    edges = pictures.canny(picture)
+    assert set(np.unique(edges)) == {0, 255} and (edges[20:44, 20:44] == 255).all() and (edges == 0).any()
+    grey = pictures.greyscale(picture)
+    assert (grey == grey[..., :1]).all() and (grey[0, 0] == 255).all()
+    masked = pictures.masked(picture, 20, 24, 16)
+    assert (masked[24:40, 20:36] == pictures.MASK_GREY).all()
+    assert (masked != picture).any(axis=2).sum() == 16 * 16
+
+
+# Scenes
+
+
+def test_scenes_are_a_function_of_seed_and_data(data, scenes, tmp_path):
+    build_scenes.main(["--data", str(data), "--out", str(tmp_path / "again"), "--share", "0.01"])
+    again = load_scenes(tmp_path / "again")
+    for name in scenes:
+        assert again[name].remove_columns("image").to_list() == scenes[name].remove_columns("image").to_list()
+        np.testing.assert_array_equal(to_uint8(again[name]), to_uint8(scenes[name]))
+    assert (tmp_path / "again" / "LICENSES.md").exists()
+
+
+def test_boxes_hold_the_objects_and_nothing_else_is_drawn(scenes):
+    for name, part in scenes.items():
+        for pixels, scene in zip(to_uint8(part), part.remove_columns("image"), strict=True):
+            if scene["role"] not in ("scene", "removed") and scene["origin_set"] != "scenes":
+                continue
+            if scene["role"] in ("canny", "masked", "grey"):
+                continue
+            rest = pixels.copy()
+            for thing in scene["objects"]:
+                x0, y0, x1, y1 = thing["box"]
+                left, top, width, height = build_scenes.PLACES[thing["place"]]
+                assert left <= x0 < x1 <= left + width and top <= y0 < y1 <= top + height
+                assert 24 <= max(x1 - x0, y1 - y0) <= 31
+                if thing["colour"]:
+                    assert pictures.colour_of(pixels[y0:y1, x0:x1]) == thing["colour"]
+                rest[y0:y1, x0:x1] = 255
+            assert (rest == 255).all(), name
+
+
+def test_training_scenes_hold_no_composition_that_is_held_out(scenes):
+    def compositions(name):
+        return [[thing["base"] for thing in scene["objects"]] for scene in scenes[name] if scene["role"] == "scene"]
+
+    assert not any(map(is_heldout, compositions("train")))
+    assert all(map(is_heldout, compositions("heldout_pair")))
+    unseen = {base for bases in compositions("heldout_concept") for base in bases}
+    assert unseen and all("unseen" in base for base in unseen)
+
+
+def test_edited_scenes_differ_in_the_object_that_is_said(scenes):
+    train = scenes["train"].remove_columns("image").to_list()
+    roles = {scene["role"] for scene in train}
+    assert roles == {"scene", "removed", "recoloured", "canny", "masked", "grey"}
+    for scene in train:
+        if scene["origin_set"] != "scenes" or scene["role"] not in ("removed", "recoloured"):
+            continue
+        before, number = train[scene["origin"]]["objects"], scene["changed"]
+        if scene["role"] == "removed":
+            assert scene["objects"] == before[:number] + before[number + 1 :]
+        else:
+            after = scene["objects"][number]
+            assert after["colour"] == after["adjective"] != before[number]["colour"]
+            assert [t for t in scene["objects"] if t != after] == [t for t in before if t != before[number]]
+
+
+def test_too_little_to_compose_and_a_bad_share_are_errors(data, capsys):
+    emoji = load_emoji(data)["heldout_pair"]
+    library = build_scenes.Library(to_uint8(emoji), emoji.remove_columns("image").to_list()[:1])
+    with pytest.raises(ValueError, match="no scene with heldout=.*1 pictures are too few"):
+        build_scenes.draw_scene(library, not is_heldout(["ball 0", "ball 0"]), random.Random(0))
+    with pytest.raises(SystemExit):
+        build_scenes.main(["--share", "0"])
+    assert "--share is 0.0" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="build_scenes.py"):
+        load_scenes("no/such/folder")
+
+
+# Words
+
+
+def thing(name, place="left", adjective=""):
+    return {
+        "name": name,
+        "place": place,
+        "adjective": adjective,
+        "colour": adjective,
+        "base": name,
+        "group": "objects",
+    }
+
+
+@pytest.mark.parametrize(
+    "objects, expected",
+    [
+        ([thing("pizza"), thing("car", "right", "blue")], "a pizza to the left of a blue car"),
+        ([thing("cat", "top"), thing("house", "bottom")], "a cat above a house"),
+        ([thing("apple", place) for place in ("top left", "top right", "bottom left")], "three apples"),
+        ([thing("owl", "top left"), thing("dna", "bottom right")], "an owl at the top left and dna at the bottom right"),  # noqa: E501
+        ([thing("cat", "top left"), thing("dog", "top right"), thing("cat", "bottom left")], "two cats and a dog"),
+        ([thing("grapes")], "grapes on the left"),
+        ([thing("clown face", "", "green")], "green clown face"),
+    ],
+)  # fmt: skip
+def test_the_plain_words_of_a_scene(objects, expected):
+    assert words.scene_caption(objects, "noto") == f"{expected} in noto style"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("ear of corn", "ears of corn"), ("cherry", "cherries"), ("mouse", "mice"), ("bus", "buses"), ("toy", "toys"),
+     ("glasses", "glasses"), ("sushi", "sushi"), ("cloud with rain", "clouds with rain"), ("torch", "torches")],
+)  # fmt: skip
+def test_plurals(name, expected):
+    assert words.plural(name) == expected
+
+
+def test_instructions_mean_one_object():
+    apples = [thing("apple", "top left"), thing("apple", "top right"), thing("cat", "bottom left")]
+    assert words.removal(apples[1], apples) == "remove the apple at the top right"
+    assert words.removal(apples[2], apples) == "remove the cat"
+    assert words.addition(apples[2]) == "add a cat at the bottom left"
+    assert words.recolouring("blue", apples[2], apples) == "make the cat blue"
+    assert words.recolouring("blue", thing("cat", ""), [thing("cat", "")]) == "make it blue"
+
+
+def test_gender_and_hair_keys():
+    assert genderless(f"{MAN}-1f3ff-{ZWJ}-2695") == genderless(f"{WOMAN}-1f3ff-{ZWJ}-2695")
+    assert genderless(f"1f3c3-{ZWJ}-2642") == "1f3c3"
+    assert hairless(f"{WOMAN}-{ZWJ}-{RED_HAIR}") == (WOMAN, "red hair")
+    assert hairless(WOMAN) == (WOMAN, "")
+
+
+# Rows
+
+
+def test_rows_depend_on_seed_and_number_alone(split):
+    first, second = rows_of(split), rows_of(split)
+    for i in (63, 0, 17):
+        ours, theirs = first[i], second[i]
+        assert all(map(torch.equal, ours.pop("image_features"), theirs.pop("image_features")))
+        assert ours == theirs
+
+
+def test_rows_of_a_batch_are_of_one_kind_and_end_at_one_scale(split):
+    scales = (0.2, 0.4, 0.4, 0, 0)
+    rows = rows_of(
+        split, length=480, kinds=(1, 1, 1, 1, 1), finest_scale=scales, finest_scale_edits=(0, 0.5, 0.5, 0, 0)
+    )
+    kinds = set()
+    for start in range(0, 480, 8):
+        batch = [rows[i] for i in range(start, start + 8)]
+        form = {
+            ("messages" in r, r.get("finest_scale"), r.get("prompt") == "<image>", len(r["image_features"]))
+            for r in batch
+        }
+        assert len(form) == 1
+        kinds |= form
+    assert len(kinds) == 3 + 1 + 1 + 2
+
+
+def test_edits_lead_from_the_source_to_the_target(split):
+    seen = set()
+    assert set(split.edits.types) == {"style", "tone", "gender", "hair", "remove", "add", "colour"}
+    for type in split.edits.types:
+        for i in range(10):
+            edit = split.edits.draw(random.Random(i), type)
+            instruction = edit.instruct(random.Random(i))
+            seen.add(type)
+            if type in ("style", "tone", "gender", "hair"):
+                source, target = (split.texts[row] for _, row in (edit.source, edit.target))
+                assert (source["style"] == target["style"]) == (type != "style")
+                expected = {"style": target["style"], "tone": target["tone"], "hair": "red hair",
+                            "gender": {"male": "man", "female": "woman"}.get(target["gender"])}[type]  # fmt: skip
+                assert expected in instruction
+            elif type != "colour" or edit.source[0] == "scenes":
+                fewer, more = (split.scenes[row]["objects"] for _, row in (edit.source, edit.target))
+                if type == "colour":
+                    assert len(fewer) == len(more) and any(t["adjective"] in instruction for t in more)
+                else:
+                    assert len(more) - len(fewer) == {"add": 1, "remove": -1}[type]
+    rows = rows_of(split, kinds=(0, 0, 0, 1, 0))
+    for i in range(16):
+        assert rows[i]["prompt"].startswith("<image>") and rows[i]["completion"] == "<image>"
+
+
+def test_a_condition_leads_to_the_picture_that_it_was_made_from(split):
+    rows = rows_of(split, kinds=(0, 0, 0, 0, 1))
+    prompts = []
+    for i in range(32):
+        source, target = pictures_of(rows[i])
+        assert source[0] == "scenes" and split.scenes[source[1]]["role"] in words.CONDITIONS
+        assert split.origin(source[1]) == target
+        prompts.append(rows[i]["prompt"])
+    assert 4 < sum(":" in prompt for prompt in prompts) < 28  # with and without the task's instruction
+
+
+def test_answers_are_true(split):
+    rng = random.Random(0)
+    composed = [row for row in split.shown if split.origin(row)[0] != "emoji"]
+    for type in SCENE_TYPES:
+        for number in composed:
+            scene = split.scenes[number]
+            objects = scene["objects"]
+            asked = split.question(("scenes", number), rng, type)
+            if asked is None:
+                continue
+            by_box = [t for t in objects if tuple(t["box"]) == asked.box]
+            if type == "grounding":
+                assert asked.answer == "<box>" and words.noun(by_box[0]) in asked.question
+            elif type == "region":
+                assert [t["name"] for t in by_box] == [asked.answer]
+            elif type == "counting" and "objects" in asked.question:
+                assert asked.answer == words.NUMBERS[len(objects)]
+            elif type == "counting":
+                assert asked.answer == words.NUMBERS[sum(words.plural(t["name"]) in asked.question for t in objects)]
+            elif type == "colour":
+                assert asked.answer in {t["colour"] for t in objects if t["name"] in asked.question}
+            elif type == "yes/no" and "there" in asked.question:
+                assert asked.answer == ("yes" if any(t["name"] in asked.question for t in objects) else "no")
+    for type in EMOJI_TYPES:
+        asked = split.question(("emoji", 0), rng, type)
+        if type == "colour":
+            assert asked.answer == "red"
+        if type == "yes/no" and "style" not in asked.question:
+            assert (asked.answer == "yes") == any(split.texts[0][k] in asked.question for k in ("name", "colour"))
+
+
+def test_questions_with_a_box_carry_it_and_the_picture_size(split):
+    number = split.shown[0]
+    asked = split.question(("scenes", number), random.Random(0), "grounding")
+    row = conversation(asked)
+    assert row["boxes"] == [asked.box] and row["image_sizes"] == [(64, 64)]
+    assert row["messages"][1]["content"][0]["text"] == "<box>"
+
+
+def test_a_mix_that_the_split_cannot_serve_is_an_error(split):
+    bare = EmojiSplit(split.texts[:1], [], split.features[:1])
+    with pytest.raises(ValueError, match="share of 0.5 for scenes"):
+        rows_of(bare, kinds=(1, 0, 0, 0, 0), scenes=0.5)
+    with pytest.raises(ValueError, match="share of 1 for condition"):
+        rows_of(bare, kinds=(0, 0, 0, 0, 1), scenes=0)
+    with pytest.raises(ValueError, match="must hold a share for each of"):
+        rows_of(split, kinds=(1, 0, 0, 0))
+
+
+def test_the_tokenizer_sees_every_form(split):
+    lines = "\n".join(all_texts(split.texts))
+    for part in ("What is in ", "make the person bald", "fill in the grey square", "medium-dark", "A chat between"):
+        assert part in lines
+    assert "<box>" not in lines
+
+
+def test_evaluation_sets_can_be_asked_by_the_question_table(data, scenes, tmp_path):
+    emoji_evaluation.main(
+        ["--data", str(data), "--scenes", f"{data}-scenes", "--out", str(tmp_path / "e"), "--per-type", "3"]
+    )
+    table = QuestionTable(tmp_path / "e", "questions")
+    assert {"name", "scene: counting", "scene: position"} <= {question.category for question in table.questions}
+    assert all(table.judge(question, question.answers[0])["score"] == 1 for question in table.questions)
+    loaded = load_from_disk(str(tmp_path / "e"))
+    assert all(len(row["box"]) == 4 and "<box>" in row["question"] + row["answer"] for row in loaded["boxes"])
+    assert set(loaded["conditions"]["type"]) == set(words.CONDITIONS)
+    assert {"remove", "add", "style"} <= set(loaded["edits"]["type"])
+    assert set(loaded["prompts"]["type"]) == {"emoji", "scene"} and set(loaded["prompts"]["split"]) == {"heldout_pair"}
