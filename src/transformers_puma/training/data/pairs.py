@@ -1,0 +1,205 @@
+"""Pictures with captions, and plain text.
+
+- LAION-2B and LAION-Aesthetics are lists of addresses; what is read is what img2dataset (github.com/rom1504/img2dataset,
+  `img2dataset/writer.py`) writes when it downloads them, as webdataset (`{key}.jpg`, `.txt`, `.json` in `00000.tar`) or
+  as parquet (`key`, `jpg`, `caption`, `status`; rows whose download failed have no picture and are left out).
+- GRIT (huggingface.co/datasets/zzliang/GRIT, its card) is downloaded likewise, with `noun_chunks` and `ref_exps` saved in
+  `.json`: lists of [start, end, x_min, y_min, x_max, y_max, score], the first two being places in `caption`, the next
+  four fractions of the picture's size.
+- JourneyDB (huggingface.co/datasets/JourneyDB/JourneyDB): `data/train` with `train_anno_realease_repath.jsonl` (sic;
+  `img_path`, `prompt`, `Task2.Caption`, which is missing in some rows) and `imgs/000/...`, unpacked.
+- The Pile (Gao et al. 2020, arXiv 2101.00027): `train/00.jsonl.zst` ..., lines with `text` and `meta.pile_set_name`.
+- A folder of one's own: what the `imagefolder` builder of `datasets` reads (`metadata.jsonl` or `metadata.csv` with
+  `file_name` and a caption column), or pictures with a `.txt` file of the same name beside each.
+- Parquet of one's own: a column of pictures (bytes, or the `Image` type of `datasets`) and one of captions.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+from ...processing_puma import BOX_MARK, IMAGE_TOKEN
+from .readers import Reader, line_place, tar_place
+from .samples import BrokenSampleError, Sample, field, image_file, make_sample, plain, stored_image
+from .streams import Paths, find_files, line_stream, parquet_stream, parse_record, webdataset_stream
+
+PICTURES = ("*.jpg", "*.jpeg", "*.png", "*.webp")
+
+
+def laion(path: Paths, *, num_shards: int = 1, seed: int | None = None, caption: str = "txt") -> Reader:
+    """Tars or parquet files of img2dataset.
+
+    Args:
+        caption: the field that holds the caption: in tars "txt" or a key of the `.json`; in parquet "txt" stands for
+            the column `caption`, which is the same text.
+    """
+    files = find_files(path, ["*.tar"], seed) if _holds(path, "*.tar") else find_files(path, ["*.parquet"], seed)
+    if all(file.endswith(".parquet") for file in files):
+        column = "caption" if caption == "txt" else caption
+        stream = parquet_stream(files, num_shards)
+        _check_columns(stream, ["key", "jpg", column])
+        return Reader(stream, functools.partial(_parse_laion_row, caption=column), _parquet_key)
+    return Reader(webdataset_stream(files), functools.partial(_parse_laion_tar, caption=caption), tar_place)
+
+
+def grit(path: Paths, *, num_shards: int = 1, seed: int | None = None, phrases: str = "noun_chunks") -> Reader:
+    """Tars of img2dataset; each phrase of the caption is followed by the marks of its boxes.
+
+    Args:
+        phrases: "noun_chunks" or "ref_exps" (longer phrases: those chunks with what belongs to them).
+    """
+    if phrases not in ("noun_chunks", "ref_exps"):
+        raise ValueError(f"phrases must be 'noun_chunks' or 'ref_exps', got {phrases!r}")
+    stream = webdataset_stream(find_files(path, ["*.tar"], seed))
+    return Reader(stream, functools.partial(_parse_grit, phrases=phrases), tar_place)
+
+
+def journeydb(path: str, *, num_shards: int = 1, seed: int | None = None, caption: str = "prompt") -> Reader:
+    """JourneyDB's folder of one split.
+
+    Args:
+        caption: "prompt" (what the picture was drawn from) or "caption" (`Task2.Caption`, a description; rows that
+            have none are left out).
+    """
+    if caption not in ("prompt", "caption"):
+        raise ValueError(f"caption must be 'prompt' or 'caption', got {caption!r}")
+    folder = Path(path)
+    stream = line_stream(find_files(sorted(folder.glob("*_anno*.jsonl")) or folder, ["*_anno*.jsonl"]), num_shards)
+    return Reader(stream, functools.partial(_parse_journeydb, images=folder / "imgs", caption=caption), line_place)
+
+
+def the_pile(path: Paths, *, num_shards: int = 1, seed: int | None = None) -> Reader:
+    """Texts of `.jsonl.zst` files."""
+    return Reader(line_stream(find_files(path, ["*.jsonl.zst"], seed), num_shards), _parse_pile, line_place)
+
+
+def folder(path: str, *, num_shards: int = 1, seed: int | None = None, caption: str = "text") -> Reader:
+    """Pictures in a folder.
+
+    Args:
+        caption: the column of the metadata file that holds the caption.
+    """
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"no such folder: {path}")
+    if not list(Path(path).rglob("metadata.*")):
+        stream = load_dataset(
+            "imagefolder",
+            data_files=find_files(path, PICTURES, seed),
+            split="train",
+            streaming=True,
+            drop_labels=True,
+        ).decode(False)
+        return Reader(stream, _parse_captioned_file, _image_place)
+    stream = load_dataset("imagefolder", data_dir=str(path), split="train", streaming=True).decode(False)
+    _check_columns(stream, ["image", caption])
+    return Reader(stream, functools.partial(_parse_table_row, image="image", caption=caption), _image_place)
+
+
+def parquet(
+    path: Paths, *, num_shards: int = 1, seed: int | None = None, image: str = "image", caption: str = "caption"
+) -> Reader:
+    """Parquet files.
+
+    Args:
+        image, caption: the columns that hold them.
+    """
+    stream = parquet_stream(find_files(path, ["*.parquet"], seed), num_shards)
+    _check_columns(stream, [image, caption])
+    parse = functools.partial(_parse_table_row, image=image, caption=caption)
+    return Reader(stream, parse, functools.partial(_row_place, caption=caption))
+
+
+def _holds(path: Paths, pattern: str) -> bool:
+    return not (isinstance(path, str) and Path(path).is_dir()) or any(Path(path).rglob(pattern))
+
+
+def _check_columns(stream, names: list[str]) -> None:
+    missing = [name for name in names if name not in stream.features]
+    if missing:
+        raise ValueError(f"no column {', '.join(missing)}; the columns are {', '.join(stream.features)}")
+
+
+def _parquet_key(raw: dict[str, Any]) -> str:
+    return f"row {raw['key']}"
+
+
+def _image_place(raw: dict[str, Any]) -> str:
+    return str(raw["image"]["path"])
+
+
+def _row_place(raw: dict[str, Any], caption: str) -> str:
+    return f"the row with {caption} {str(raw[caption])[:60]!r}"
+
+
+def _parse_laion_tar(raw: dict[str, Any], caption: str) -> list[Sample]:
+    picture = raw["jpg"] or raw["png"] or raw["webp"]
+    text = field(raw, "txt") if caption == "txt" else field(raw["json"] or {}, caption)
+    return [make_sample(_tar_key(raw), {"caption": plain(text)}, [stored_image(picture, "jpg")])]
+
+
+def _tar_key(raw: dict[str, Any]) -> str:
+    return f"{Path(raw['__url__']).name}/{raw['__key__']}"
+
+
+def _parse_laion_row(raw: dict[str, Any], caption: str) -> list[Sample]:
+    if raw.get("status", "success") != "success":
+        return []
+    key = field(raw, "key")
+    return [make_sample(key, {"caption": plain(field(raw, caption))}, [stored_image(raw["jpg"], "jpg")])]
+
+
+def _parse_grit(raw: dict[str, Any], phrases: str) -> list[Sample]:
+    picture = stored_image(raw["jpg"] or raw["png"] or raw["webp"], "jpg")
+    record = raw["json"] or {}
+    caption = field(record, "caption")
+    if IMAGE_TOKEN in caption or BOX_MARK in caption:
+        raise BrokenSampleError(f"the caption holds markup: {caption!r}")
+    boxes = [_grounded(caption, entry) for entry in field(record, phrases, list)]
+    return [make_sample(_tar_key(raw), {"caption": caption, "boxes": boxes}, [picture])]
+
+
+def _grounded(caption: str, entry: list[float]) -> dict[str, Any]:
+    """{"end": where in the caption its phrase ends, "box": in fractions of the picture's size}."""
+    if len(entry) != 7:
+        raise BrokenSampleError(f"a phrase must be [start, end, x_min, y_min, x_max, y_max, score], got {entry}")
+    start, end, *box = entry[:6]
+    if not 0 <= start < end <= len(caption):
+        raise BrokenSampleError(f"the phrase from {start:g} to {end:g} lies outside the caption {caption!r}")
+    x_min, y_min, x_max, y_max = box
+    if not (x_min < x_max and y_min < y_max):
+        raise BrokenSampleError(f"the box {box} has no area")
+    return {"end": int(end), "box": box}
+
+
+def _parse_journeydb(raw: dict[str, str], images: Path, caption: str) -> list[Sample]:
+    record = parse_record(raw)
+    path = field(record, "img_path")
+    if caption == "prompt":
+        text = field(record, "prompt")
+    else:
+        text = (record.get("Task2") or {}).get("Caption")
+        if not text:
+            return []
+    return [make_sample(path, {"caption": plain(text)}, [image_file(images, path)])]
+
+
+def _parse_pile(raw: dict[str, str]) -> list[Sample]:
+    return [make_sample(raw["place"], {"text": field(parse_record(raw), "text")})]
+
+
+def _parse_captioned_file(raw: dict[str, Any]) -> list[Sample]:
+    path = Path(raw["image"]["path"])
+    try:
+        caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenSampleError(f"no caption beside it: {error}") from error
+    return [make_sample(path.name, {"caption": plain(field({"caption": caption}, "caption"))}, [raw["image"]])]
+
+
+def _parse_table_row(raw: dict[str, Any], image: str, caption: str) -> list[Sample]:
+    picture, text = raw[image], plain(field(raw, caption))
+    if isinstance(picture, dict) and picture["bytes"] is None and picture["path"]:
+        return [make_sample(picture["path"], {"caption": text}, [picture])]
+    return [make_sample(text, {"caption": text}, [stored_image(picture, image)])]
