@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from .loading import bring_in
-from .pipeline_inputs import check_size
+from .pipeline_inputs import Schedule, check_size, scale_at
 from .unet_puma import PumaUNet2DConditionModel
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -86,27 +86,32 @@ class DecoderStageMixin:
     def _denoise(
         self,
         latents: torch.Tensor,
-        states: torch.Tensor,
+        schedule: Schedule,
+        states: dict[int, torch.Tensor],
         guidance_scale: float,
         generator: Generators,
         callback: StepCallback | None,
         callback_tensors: Sequence[str],
     ) -> torch.Tensor:
-        """The reverse process of the current scale, (N, channels, h, w) -> the same."""
+        """The reverse process, (N, channels, h, w) -> the same; each step by the decoder that `schedule` says.
+
+        All decoders share the latent space and the noise levels, so one can go on where another stopped.
+        """
         # Some schedulers are deterministic and take no generator.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            bar.set_postfix_str(f"scale {self.current_scale}")
             for step, timestep in enumerate(self.scheduler.timesteps):
-                noise = self._predict_noise(latents, timestep, states, guidance_scale)
+                self._current_scale = scale_at(schedule, step, len(self.scheduler.timesteps))
+                bar.set_postfix_str(f"scale {self.current_scale}", refresh=False)
+                noise = self._predict_noise(latents, timestep, states[self.current_scale], guidance_scale)
                 latents = self.scheduler.step(noise, timestep, latents, **step_kwargs).prev_sample
                 bar.update()
                 if callback is not None:
-                    tensors = {"latents": latents, "encoder_hidden_states": states}
+                    tensors = {"latents": latents, "encoder_hidden_states": states[self.current_scale]}
                     changed = callback(self, step, timestep, {name: tensors[name] for name in callback_tensors})
                     latents = changed.get("latents", latents)
-                    states = changed.get("encoder_hidden_states", states)
+                    states[self.current_scale] = changed.get("encoder_hidden_states", tensors["encoder_hidden_states"])
                 if self.interrupt:
                     break
         return latents

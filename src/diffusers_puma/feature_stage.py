@@ -15,6 +15,7 @@ from transformers_puma import (
     multigranular_features,
     tokens_per_scale,
 )
+from transformers_puma.image_decoding_puma import decoding_passes
 
 from .loading import bring_in
 
@@ -41,14 +42,23 @@ class FeatureStageMixin:
         return dict(enumerate(multigranular_features(features, len(self._tokens_per_scale))))
 
     def generate_image_features(
-        self, prompts: list[str], images: list[list[Image.Image]] | None, scale: int
+        self,
+        prompts: list[str],
+        images: list[list[Image.Image]] | None,
+        scale: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Features:
-        """Features `{scale: (B, k, C)}` that the language model writes, from the coarsest scale down to `scale`."""
+        """Features `{scale: (B, k, C)}` that the language model writes, from the coarsest scale down to `scale`.
+
+        Args:
+            generator: one, or one for each prompt, of features that are samples (`image_head="flow"`).
+        """
         inputs = self.processor.prepare_generation(prompts, images).to(bring_in(self, self.mllm))
-        with self.progress_bar(total=sum(self._tokens_per_scale[scale:])) as bar:
+        passes = decoding_passes(self.mllm.config.image_decoding, self._tokens_per_scale, scale)
+        with self.progress_bar(total=len(passes)) as bar:
             bar.set_postfix_str("features")
             return self.mllm.generate_image_features(
-                **inputs, scale=scale, callback=lambda step, num_steps: bar.update()
+                **inputs, scale=scale, callback=lambda step, num_steps: bar.update(), generator=generator
             )
 
     def black_image_features(self) -> Features:

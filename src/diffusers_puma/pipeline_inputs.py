@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 NUM_SCALES = 5  # unet_0 .. unet_4
+# Which decoder does which part of the denoising: (until, scale) in turn, `until` a fraction of the steps.
+Schedule = list[tuple[float, int]]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -71,6 +73,32 @@ def as_scales(scale: Any, decoders: list[int], available: list[int], default: in
         if item not in available:
             raise ValueError(f"there are no features of scale {item}, only of scales {available}")
     return scales
+
+
+def is_schedule(scale: Any) -> bool:
+    return isinstance(scale, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in scale)
+
+
+def as_schedules(scale: Any, decoders: list[int], available: list[int], default: int) -> list[Schedule]:
+    """What is to be decoded: one schedule for each scale as in `as_scales`, or the one that `scale` is.
+
+    Raises:
+        ValueError: as `as_scales`; fractions that do not rise to 1.
+    """
+    if not is_schedule(scale):
+        return [[(1.0, item)] for item in as_scales(scale, decoders, available, default)]
+    if not all(isinstance(item, (list, tuple)) and len(item) == 2 for item in scale):
+        raise ValueError(f"a schedule is a list of (until, scale), got {scale!r}")
+    untils = [until for until, _ in scale]
+    if not all(a < b for a, b in zip([0, *untils], untils, strict=False)) or untils[-1] != 1:
+        raise ValueError(f"the fractions of a schedule must rise from above 0 to 1.0, got {scale!r}")
+    as_scales([item for _, item in scale], decoders, available, default)
+    return [[(until, item) for until, item in scale]]
+
+
+def scale_at(schedule: Schedule, step: int, num_steps: int) -> int:
+    """The scale whose decoder does step `step` of `num_steps`."""
+    return next(scale for until, scale in schedule if step < round(until * num_steps) or until == 1)
 
 
 def check_counts(first: Sized, second: Sized, first_name: str, second_name: str) -> None:

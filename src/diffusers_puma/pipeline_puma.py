@@ -23,15 +23,18 @@ from .loading import bring_in, restore_generation_config, write_language_model_r
 from .lora_puma import PumaLoraLoaderMixin
 from .pipeline_inputs import (
     NUM_SCALES,
+    Schedule,
     as_image_groups,
     as_prompts,
     as_scales,
+    as_schedules,
     check_at_least_one,
     check_counts,
     check_features,
     check_names,
     check_noise,
     check_output_type,
+    is_schedule,
 )
 from .pipeline_output import PumaPipelineOutput
 from .unet_puma import PumaUNet2DConditionModel
@@ -139,7 +142,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         self,
         prompt: str | list[str] | None = None,
         image: Image.Image | list | None = None,
-        scale: int | list[int] | str | None = None,
+        scale: int | list[int] | str | list[tuple[float, int]] | None = None,
         *,
         image_features: Features | None = None,
         negative_image_features: Features | None = None,
@@ -165,6 +168,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             scale: 0 (finest, 256 tokens) .. 4 (1 token); a list of them, or `"all"`, for a dict of pictures; `"best"`
                 for the one picture of each prompt that `scorer` ranks first over all scales and seeds. None is 3 for
                 text alone and 0 with an image, or the nearest that there is; with `image_features`, their finest.
+                A schedule `[(until, scale), ...]` hands the denoising from decoder to decoder: `[(0.4, 3), (1.0, 0)]`
+                lays out the first 40 % of the steps with scale 3 and finishes with scale 0.
             image_features: `{scale: (B, k, C)}`, in place of the first stage. A prompt then only serves the scorer.
             negative_image_features: `{scale: (1 or B, k, C)}`, unconditional input of guidance; by default the
                 features of a black image.
@@ -189,7 +194,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         prompts = None if prompt is None else as_prompts(prompt)
         images = None if image is None else as_image_groups(image)
         self._check_source(prompts, images, image_features)
-        scales = self._resolve_scales(scale, images, image_features)
+        schedules = self._resolve_scales(scale, images, image_features)
+        scales = sorted({number for schedule in schedules for _, number in schedule})
         batch_size = len(next(iter(image_features.values())) if image_features is not None else prompts or images)
         negative = negative_image_features if guidance_scale > 1 else None
         self._check_given_features(scales, batch_size, image_features, negative, guidance_scale)
@@ -207,28 +213,40 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             self._check_ranking(prompts, batch_size, output_type, scorer)
 
         if image_features is None:
-            image_features = self._compute_features(prompts, images, min(scales))
+            image_features = self._compute_features(prompts, images, min(scales), num_images_per_prompt, generator)
+            # Features that are samples are another for each picture.
+            num_images_per_prompt = batch_size * num_images_per_prompt // len(image_features[min(scales)])
         if guidance_scale > 1 and negative is None:
             negative = self.black_image_features()
 
         results = {}
-        for number in self._each_from_the_same_noise(scales, generator):
-            states = self._cross_attention_states(
-                number, image_features[number], None if negative is None else negative[number], num_images_per_prompt
-            )
-            start = self._start_latents(number, shape, num_inference_steps, generator, latents)
+        for schedule in self._each_from_the_same_noise(schedules, generator):
+            states = {
+                number: self._cross_attention_states(
+                    number, image_features[number], negative and negative[number], num_images_per_prompt
+                )
+                for _, number in schedule
+            }
+            first = schedule[0][1]
+            start = self._start_latents(first, shape, num_inference_steps, generator, latents)
             result = self._denoise(
-                start, states, guidance_scale, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
+                start,
+                schedule,
+                states,
+                guidance_scale,
+                generator,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
             )
-            results[number] = result if output_type == "latent" else self.decode_latents(result)
+            results[first] = result if output_type == "latent" else self.decode_latents(result)
         self.maybe_free_model_hooks()
 
         if scale == "best":
             pictures = self._postprocess(self._rank_first(list(results.values()), prompts, scorer), output_type)
         else:
             pictures = {number: self._postprocess(result, output_type) for number, result in results.items()}
-            if scale is None or isinstance(scale, int):
-                pictures = pictures[scales[0]]
+            if scale is None or isinstance(scale, int) or is_schedule(scale):
+                pictures = pictures[schedules[0][0][1]]
         if not return_dict:
             return pictures, image_features
         return PumaPipelineOutput(images=pictures, image_features=image_features)
@@ -257,24 +275,35 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         answers = self.processor.decode_answers(sequences, inputs["input_ids"].shape[1])
         return answers[0] if isinstance(question, str) else answers
 
-    def _compute_features(self, prompts: Prompts, images: ImageGroups, finest: int) -> Features:
+    def _compute_features(
+        self,
+        prompts: Prompts,
+        images: ImageGroups,
+        finest: int,
+        num_images_per_prompt: int,
+        generator: Generators,
+    ) -> Features:
+        """Features `{scale: (B, k, C)}`, or (N, k, C) where the language model samples them."""
         if prompts is None:
             return self.encode_image([image for group in images for image in group])
-        return self.generate_image_features(prompts, images, finest)
+        if self.mllm.config.image_head == "regression":
+            return self.generate_image_features(prompts, images, finest)
+        copies = [row for row in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        groups = images and [images[row] for row in copies]
+        return self.generate_image_features([prompts[row] for row in copies], groups, finest, generator)
 
-    def _each_from_the_same_noise(self, scales: list[int], generator: Generators) -> Iterator[int]:
-        """The scales in turn, each with the generators as they came, so that none depends on the others asked for.
+    def _each_from_the_same_noise(self, schedules: list[Schedule], generator: Generators) -> Iterator[Schedule]:
+        """The schedules in turn, each with the generators as they came, so that none depends on the others asked for.
 
         Stops when a callback interrupts.
         """
         generators = [] if generator is None else generator if isinstance(generator, list) else [generator]
         states = [item.get_state() for item in generators]
         self._interrupt = False
-        for scale in scales:
+        for schedule in schedules:
             for item, state in zip(generators, states, strict=True):
                 item.set_state(state)
-            self._current_scale = scale
-            yield scale
+            yield schedule
             if self.interrupt:
                 break
         self._current_scale = None
@@ -313,12 +342,12 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         if prompts is None and any(len(group) > 1 for group in images):
             raise ValueError(f"a reconstruction is of one image, got {max(map(len, images))} for one item")
 
-    def _resolve_scales(self, scale: Any, images: ImageGroups, image_features: Features | None) -> list[int]:
+    def _resolve_scales(self, scale: Any, images: ImageGroups, image_features: Features | None) -> list[Schedule]:
         if image_features is not None:
             available = [number for number in self.scales if number in image_features]
-            return as_scales(scale, self.scales, available, default=min(image_features))
+            return as_schedules(scale, self.scales, available, default=min(image_features))
         available = [number for number in self.scales if number < len(self._tokens_per_scale)]
-        return as_scales(scale, self.scales, available, TEXT_SCALE if images is None else IMAGE_SCALE)
+        return as_schedules(scale, self.scales, available, TEXT_SCALE if images is None else IMAGE_SCALE)
 
     def _check_given_features(
         self,

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusers_puma import PumaPipeline
 from diffusers_puma.contact_sheet import contact_sheet
-from diffusers_puma.pipeline_inputs import as_scales
+from diffusers_puma.pipeline_inputs import as_schedules
 
 from .loading import load_pipeline, quiet_libraries
 from .model_source import ModelSource
@@ -21,7 +21,8 @@ LARGEST_CELL = 512
 
 def load_for(args: argparse.Namespace, model: ModelSource, default_scale: int) -> PumaPipeline:
     """The pipeline with the decoders that `args.scale` asks for."""
-    scales = as_scales(args.scale, model.decoders, model.decoders, default_scale)
+    schedules = as_schedules(args.scale, model.decoders, model.decoders, default_scale)
+    scales = sorted({scale for schedule in schedules for _, scale in schedule})
     return load_pipeline(model, scales, args.device, args.dtype)
 
 

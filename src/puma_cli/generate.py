@@ -4,7 +4,7 @@ import argparse
 
 from .errors import UserError
 from .model_source import find_model
-from .options import add_model_options, add_output_option, add_sampling_options, scale_or_best
+from .options import add_model_options, add_output_option, add_sampling_options, scale_schedule_or_best
 from .pictures import check_output, read_picture
 
 
@@ -16,10 +16,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--image", nargs="+", action="extend", metavar="FILE", help="pictures the prompt is about")
     parser.add_argument(
         "--scale",
-        type=scale_or_best,
-        metavar="N|all|best",
+        type=scale_schedule_or_best,
+        metavar="N|all|best|N:PART,..",
         help="0 (finest, follows a given picture closely) to 4 (coarsest); `all` for a sheet of every scale; `best` "
-        "for the scale whose picture the model itself finds to fit the prompt best (default: 3, with --image 0)",
+        "for the scale whose picture the model itself finds to fit the prompt best; `3:0.4,0` for the first 0.4 of "
+        "the steps with scale 3 and the rest with scale 0 (default: 3, with --image 0)",
     )
     add_output_option(parser, "puma.png")
     add_sampling_options(parser)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, one_line
-from .options import NUM_SCALES
+from .options import NUM_SCALES, Scale
 
 CHECKOUT_MODEL = Path("hub_configs", "puma-emoji")
 PIPELINE_INDEX, CONFIG = "model_index.json", "config.json"
@@ -54,11 +54,12 @@ class ModelSource:
         if not self.decoders:
             raise UserError(f"{self.name} has no decoders (no unet_0 .. unet_{NUM_SCALES - 1} in a {PIPELINE_INDEX})")
 
-    def require_scale(self, scale: int | str | None) -> None:
-        """Raises `UserError` if one scale is asked for and its decoder is absent."""
-        if isinstance(scale, int) and scale not in self.decoders:
+    def require_scale(self, scale: Scale | None) -> None:
+        """Raises `UserError` if one scale or a schedule is asked for and a decoder is absent."""
+        wanted = [scale] if isinstance(scale, int) else [s for _, s in scale] if isinstance(scale, list) else []
+        for absent in (s for s in wanted if s not in self.decoders):
             there = ", ".join(map(str, self.decoders))
-            raise UserError(f"{self.name} has no decoder for scale {scale}, only for {there}")
+            raise UserError(f"{self.name} has no decoder for scale {absent}, only for {there}")
 
     def require_language_model(self, what: str) -> None:
         """Raises `UserError` unless the transformers library finds PUMA's language model here."""

@@ -7,14 +7,32 @@ NUM_SCALES = 5
 MAX_SEED = 2**63 - 1
 
 
+Scale = int | str | list[tuple[float, int]]
+
+
 def scale(text: str) -> int | str:
     """0 (finest) .. 4 (coarsest), or `all`."""
     return _scale(text, ("all",))
 
 
-def scale_or_best(text: str) -> int | str:
-    """As `scale`, or `best`."""
-    return _scale(text, ("all", "best"))
+def scale_or_schedule(text: str) -> Scale:
+    """As `scale`, or a schedule `3:0.4,0`: scale 3 up to 0.4 of the steps, then scale 0."""
+    return _schedule(text) if "," in text else scale(text)
+
+
+def scale_schedule_or_best(text: str) -> Scale:
+    """As `scale_or_schedule`, or `best`."""
+    return _schedule(text) if "," in text else _scale(text, ("all", "best"))
+
+
+def _schedule(text: str) -> list[tuple[float, int]]:
+    *parts, last = [part.partition(":")[::2] for part in text.split(",")]
+    schedule = [(number(until), _scale(scale, ())) for scale, until in parts]
+    schedule.append((number(last[1] or "1"), _scale(last[0], ())))
+    untils = [0.0, *(until for until, _ in schedule)]
+    if untils[-1] != 1 or any(a >= b for a, b in zip(untils, untils[1:], strict=False)):
+        raise argparse.ArgumentTypeError(f"parts of the steps must rise to 1, as in 3:0.4,0, got {text!r}")
+    return schedule
 
 
 def _scale(text: str, words: tuple[str, ...]) -> int | str:
@@ -22,7 +40,7 @@ def _scale(text: str, words: tuple[str, ...]) -> int | str:
         return text
     if text.isascii() and text.isdigit() and int(text) < NUM_SCALES:
         return int(text)
-    expected = f"0 (finest) to {NUM_SCALES - 1} (coarsest), {' or '.join(words)}"
+    expected = ", ".join([f"0 (finest) to {NUM_SCALES - 1} (coarsest)", *filter(None, [" or ".join(words)])])
     raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
 
 

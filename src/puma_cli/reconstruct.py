@@ -3,7 +3,7 @@
 import argparse
 
 from .model_source import find_model
-from .options import add_model_options, add_output_option, add_sampling_options, scale
+from .options import add_model_options, add_output_option, add_sampling_options, scale_or_schedule
 from .pictures import check_output, read_picture
 
 
@@ -13,7 +13,11 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("image", metavar="IMAGE", help="picture file")
     parser.add_argument(
-        "--scale", type=scale, metavar="N|all", help="0 (finest) to 4 (coarsest), or `all` (default: 0)"
+        "--scale",
+        type=scale_or_schedule,
+        metavar="N|all|N:PART,..",
+        help="0 (finest) to 4 (coarsest), `all`, or decoders in turn: `3:0.4,0` for the first 0.4 of the steps with "
+        "scale 3 and the rest with scale 0 (default: 0)",
     )
     add_output_option(parser, "reconstruction.png")
     add_sampling_options(parser)

@@ -67,7 +67,7 @@ def make_processor() -> PumaProcessor:
     return PumaProcessor(image_processor, tokenizer, image_seq_length=sum(TOKENS), num_location_tokens=4)
 
 
-def make_language_model(processor: PumaProcessor) -> PumaForConditionalGeneration:
+def make_language_model(processor: PumaProcessor, **options) -> PumaForConditionalGeneration:
     torch.manual_seed(1)
     config = PumaConfig(
         text_config={"model_type": "llama", "vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, **LAYERS},
@@ -76,6 +76,7 @@ def make_language_model(processor: PumaProcessor) -> PumaForConditionalGeneratio
         image_start_token_id=processor.image_start_token_id,
         image_end_token_id=processor.image_end_token_id,
         image_token_id=processor.image_token_id,
+        **options,
     )
     return PumaForConditionalGeneration(config).eval()
 

@@ -138,6 +138,9 @@ class TestMistakes:
             (["generate", "a", "--guidance", "nan"], "--guidance"),
             (["generate", "a", "--dtype", "int8"], "--dtype"),
             (["generate", "a", "-o", "missing/a.png"], "no such folder for the output: missing"),
+            (["generate", "a", "--scale", "3:0.9,2:0.4,0"], "parts of the steps must rise to 1, as in 3:0.4,0"),
+            (["generate", "a", "--scale", "3:0.4,0:0.9"], "parts of the steps must rise to 1"),
+            (["generate", "a", "--scale", "3:0.4,8"], "must be 0 (finest) to 4 (coarsest), got '8'"),
             (["generate", "a", "-o", "a.jpg"], "must be a .png file, got a.jpg"),
             (["generate", "a", "--image", "missing.png"], "no such file: missing.png"),
             (["generate", "a", "--image", __file__], "not a picture: "),
@@ -240,6 +243,13 @@ class TestGenerate:
 
         assert run("generate", "a cat", "--model", full_folder, "--scale", "best", "-o", "best.png")[0] == 0
         assert pixels(Path("best.png")).tolist() in pictures
+
+    def test_decoders_in_turn(self, run, full_folder, tmp_path):
+        command = ("generate", "a cat", "--model", full_folder, "--steps", 2)
+        assert run(*command, "--scale", "3:0.5,0", "-o", "turns.png")[0] == 0
+        assert run(*command, "--scale", 3, "-o", "coarse.png")[0] == 0
+        turns, coarse = ((tmp_path / name).read_bytes() for name in ("turns.png", "coarse.png"))
+        assert turns != coarse
 
     def test_with_pictures(self, run, full_folder, tmp_path):
         images = ["--image", PICTURE, "--image", RELEASE / "input.png"]
