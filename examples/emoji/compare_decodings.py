@@ -36,6 +36,7 @@ def training(name: str, options: list[str], arguments: argparse.Namespace, out: 
         "--data": arguments.data,
         "--cache": arguments.cache,
         "--encoder": arguments.encoder,
+        "--scenes": arguments.scenes,
         "--processor": arguments.out / "processor",
         "--preset": arguments.preset,
         "--max_steps": steps,
@@ -84,6 +85,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], epilog="Arguments after -- go to train_language_model.py."
     )
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--scenes", type=Path, default=Path("data/emoji-scenes"))
     parser.add_argument("--cache", type=Path, default=Path("runs/emoji/cache"))
     parser.add_argument("--encoder", type=Path, default=Path("runs/emoji/encoder"), help="the cache was made with it")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/decodings"))

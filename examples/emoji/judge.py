@@ -39,13 +39,16 @@ class Judge(nn.Module):
 
     Args:
         classes: for each of HEADS the values of its column, in the order of the logits.
+        size: side in pixels of what it looks at; pictures are shrunk to it.
         width: channels of the first stage; each of the three next ones has twice as many.
         depth: blocks of a stage.
     """
 
-    def __init__(self, classes: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast, width: int, depth: int):
+    def __init__(
+        self, classes: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast, size: int, width: int, depth: int
+    ):
         super().__init__()
-        self.classes, self.tokenizer, self.width, self.depth = classes, tokenizer, width, depth
+        self.classes, self.tokenizer, self.shape = classes, tokenizer, {"size": size, "width": width, "depth": depth}
         widths = [width, 2 * width, 4 * width, 8 * width]
         self.vision = ResNetModel(
             ResNetConfig(embedding_size=width, hidden_sizes=widths, depths=[depth] * 4, layer_type="basic")
@@ -58,6 +61,7 @@ class Judge(nn.Module):
         self.contrastive = ClipLoss()
 
     def embed_pictures(self, pixels: torch.Tensor) -> Look:
+        pixels = F.adaptive_avg_pool2d(pixels, self.shape["size"])
         pooled = self.vision(1 - 2 * pixels.contiguous(memory_format=torch.channels_last)).pooler_output.flatten(1)
         embeddings = F.normalize(self.visual_projection(pooled).float(), dim=-1)
         return Look(embeddings, {head: layer(pooled).float() for head, layer in self.heads.items()})
@@ -102,7 +106,7 @@ class Judge(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        described = {"classes": self.classes, "width": self.width, "depth": self.depth}
+        described = {"classes": self.classes, **self.shape}
         Path(folder, "judge.json").write_text(json.dumps(described))
         self.tokenizer.save_pretrained(folder)
         save_file(

@@ -1,0 +1,113 @@
+"""Measure a small PUMA on what no training saw, and write it down: all tables, plots and sheets with one command:
+
+    python examples/emoji/report.py --model hub_configs/puma-emoji --out runs/emoji/report
+
+Writes `report.json`, `report.md` and PNG files into `--out`. Each finished sample is kept there, so the same command
+goes on where it was stopped, and a larger `--count` adds to a smaller one; another model or judge needs another folder.
+What starts from pictures alone (reconstruction) also works on other data, such as that of build_stamps.py.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import report_edits
+import report_questions
+import report_reconstruction
+import report_scenes
+import report_text_to_image
+import torch
+from datasets import load_from_disk
+from emoji_training import load_pictures
+from judge import Judge
+from measuring import Bench, fingerprint
+from report_pages import write_page
+from report_plots import write_plots
+
+from diffusers_puma import PumaPipeline
+from transformers_puma.evaluation.runner import versions, write_json
+
+CONTACT_SHEET = 8  # prompts
+
+
+def parts(bench: Bench, tasks, count: int) -> dict:
+    """Part -> what measures it; those that the data has."""
+    quarter, half = max(1, count // 4), max(1, count // 2)
+    todo = {"reconstruction": lambda: report_reconstruction.run(bench, count)}
+    if "heldout_pair" in bench.pictures:
+        todo["text_to_image"] = lambda: report_text_to_image.run(bench, count)
+        todo["features"] = lambda: report_text_to_image.run_features(bench, count)
+    if tasks is not None:
+        todo["scenes"] = lambda: report_scenes.run(bench, tasks["prompts"], half)
+        todo["edits"] = lambda: report_edits.run(bench, "edits", tasks["edits"], quarter)
+        todo["conditions"] = lambda: report_edits.run(bench, "conditions", tasks["conditions"], quarter)
+        todo["questions"] = lambda: report_questions.run(bench, tasks["questions"], count)
+    return todo
+
+
+def write_sheets(bench: Bench, results: dict, out: Path) -> None:
+    """One sheet of random held-out examples a task: input, output, truth."""
+    sheets = {"reconstruction": lambda: report_reconstruction.sheet(bench, results["reconstruction"])}
+    if "text_to_image" in results:
+        sheets["text_to_image"] = lambda: report_text_to_image.sheet(bench, results["text_to_image"], CONTACT_SHEET)
+    if "scenes" in results:
+        sheets["scenes"] = lambda: report_scenes.sheet(bench, results["scenes"])
+        for part in ("edits", "conditions"):
+            sheets[part] = lambda part=part: report_edits.sheet(bench, part, results[part])
+        sheets["questions"] = lambda: report_questions.sheet(bench, results["questions"])
+    for name, make in sheets.items():
+        make().save(out / f"{name}.png")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("hub_configs/puma-emoji"))
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--tasks", type=Path, default=Path("data/emoji-evaluation"), help="of emoji_evaluation.py")
+    parser.add_argument("--judge", type=Path, default=Path("runs/emoji/judge"), help="of train_judge.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji/report"))
+    parser.add_argument("--count", type=int, default=64, help="held-out samples of a part")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pictures = load_pictures(str(arguments.data))
+    from_words = "heldout_pair" in pictures
+    tasks = load_from_disk(str(arguments.tasks)) if from_words else None
+    judge = Judge.load(arguments.judge) if from_words else None
+    pipe = PumaPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    # Paths do not decide numbers; what is in them does.
+    settings = {"model": fingerprint(arguments.model), "data": fingerprint(arguments.data)}
+    settings |= {"num_inference_steps": pipe.config.default_num_inference_steps}
+    if from_words:
+        settings |= {"judge": fingerprint(arguments.judge), "tasks": fingerprint(arguments.tasks)}
+    bench = Bench(pipe, judge and judge.to(device), pictures, arguments.out / "samples", settings)
+
+    results, seconds = {}, {}
+    for name, measure in parts(bench, tasks, arguments.count).items():
+        start = time.monotonic()
+        results[name] = measure()
+        seconds[name] = round(time.monotonic() - start, 1)
+    write_sheets(bench, results, arguments.out)
+    plots = write_plots(results, arguments.out)
+    settings |= {"path of the model": str(arguments.model), "path of the data": str(arguments.data)}
+    if from_words:
+        settings["judge on real pictures"] = judge_ceiling(arguments.judge)
+    write_json(arguments.out / "report.json", {"settings": settings, "versions": versions(), **results})
+    page = write_page(results, settings, plots)
+    (arguments.out / "report.md").write_text(page, encoding="utf-8")
+    print(page)
+    print("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
+
+
+def judge_ceiling(folder: Path) -> dict:
+    """What training measured of the judge on real held-out pictures."""
+    return json.loads((folder / "training.json").read_text())["measured"]
+
+
+if __name__ == "__main__":
+    main()
