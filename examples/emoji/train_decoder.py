@@ -6,9 +6,12 @@ python examples/emoji/train_decoder.py --scale 0 --cache runs/emoji/cache --out 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
+from build_scenes import load_scenes
 from cache_features import load_cache
 from diffusers import DDPMScheduler
+from emoji_tasks import SHOWN_ROLES
 from emoji_training import EmojiPictures, count_parameters, load_pictures, parse_arguments, run_stage
 from torch.utils.data import Dataset
 
@@ -38,6 +41,8 @@ MAX_STEPS = {"cpu": (2400, 1700, 1300, 800, 800), "gpu": (80000, 60000, 40000, 3
 class DecoderArguments:
     scale: int = field(default=0, metadata={"help": "0 (finest, 256 tokens) to 4 (coarsest, 1 token)"})
     cache: str = field(default="runs/emoji/cache", metadata={"help": "folder that cache_features.py wrote"})
+    scenes: str = field(default="data/emoji-scenes", metadata={"help": "folder that build_scenes.py wrote"})
+    pretrained: str | None = field(default=None, metadata={"help": "a decoder to start from, of the same scale"})
 
 
 def noise_scheduler() -> DDPMScheduler:
@@ -78,22 +83,25 @@ def build_decoder(num_tokens: int, feature_dim: int, latent_size: int, channels:
 
 
 class CachedPictures(Dataset):
-    """Rows for `PumaDecoderTrainer`: in each of `turns`, another picture of every concept in every style.
+    """Rows for `PumaDecoderTrainer`: in each of `turns`, another picture of every concept in every style, so that the
+    many variants of people don't crowd out the rest, and another third of the composed scenes."""
 
-    So the many variants of people don't crowd out the rest.
-    """
-
-    def __init__(self, cache: dict[str, torch.Tensor], pictures: EmojiPictures, turns: int):
-        self.cache = cache
+    def __init__(self, folder: str, split: str, pictures: EmojiPictures, scenes: datasets.Dataset, turns: int):
+        self.caches = {name: load_cache(folder, f"{name}{split}") for name in ("", "scenes_")}
         groups = pictures.group_rows.split(pictures.group_sizes.tolist())
-        self.rows = [int(rows[turn % len(rows)]) for turn in range(turns) for rows in groups]
+        shown = [row for row, role in enumerate(scenes["role"]) if role in SHOWN_ROLES]
+        self.rows = []
+        for turn in range(turns):
+            self.rows += [("", int(rows[turn % len(rows)])) for rows in groups]
+            self.rows += [("scenes_", row) for row in shown[turn % 3 :: 3]]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.rows[index]
-        return {"latents": self.cache["latents"][row].float(), "features": self.cache["features"][row].float()}
+        name, row = self.rows[index]
+        cache = self.caches[name]
+        return {"latents": cache["latents"][row].float(), "features": cache["features"][row].float()}
 
 
 def main() -> None:
@@ -104,19 +112,26 @@ def main() -> None:
         return
     if arguments.max_steps < 0:
         arguments.max_steps = MAX_STEPS[stage.preset][decoder.scale]
-    pictures = load_pictures(stage.data)
-    cache, held_out = load_cache(decoder.cache, "train"), load_cache(decoder.cache, "heldout_concept")
+    pictures, scenes = load_pictures(stage.data), load_scenes(decoder.scenes)
+
+    def rows(split: str, turns: int) -> CachedPictures:
+        return CachedPictures(decoder.cache, split, pictures[split], scenes[split], turns)
+
+    cache = load_cache(decoder.cache, "train")
     num_tokens = cache["features"].shape[1] // 4**decoder.scale
     torch.manual_seed(arguments.seed)
-    unet = build_decoder(num_tokens, cache["features"].shape[2], cache["latents"].shape[-1])
-    standardize_projection(unet, *feature_statistics(cache["features"].split(512), num_tokens))
+    if decoder.pretrained:
+        unet = PumaUNet2DConditionModel.from_pretrained(decoder.pretrained, torch_dtype=torch.float32)
+    else:
+        unet = build_decoder(num_tokens, cache["features"].shape[2], cache["latents"].shape[-1])
+        standardize_projection(unet, *feature_statistics(cache["features"].split(512), num_tokens))
     trainer = PumaDecoderTrainer(
         unet,
         arguments,
         noise_scheduler=noise_scheduler(),
         null_features=cache["null_features"],
-        train_dataset=CachedPictures(cache, pictures["train"], turns=6),
-        eval_dataset=CachedPictures(held_out, pictures["heldout_concept"], turns=1),
+        train_dataset=rows("train", turns=6),
+        eval_dataset=rows("heldout_concept", turns=1),
     )
 
     def save(folder: str) -> dict:
