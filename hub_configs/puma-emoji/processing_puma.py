@@ -1,18 +1,21 @@
 """Text and pictures (and boxes) to the ids and pixels that PUMA reads, and back.
 
-`<image>` and `<box>` are markup in the texts that users write for `PumaProcessor.__call__`, and `<image>` in training
-rows. Prompts and questions that come from elsewhere go through `prepare_generation` and `prepare_question`, where
-nothing is markup.
+`<image>` and `<box>` are markup in the texts that users write for `PumaProcessor.__call__`, and in the prompts and
+completions of training rows. Prompts and questions that come from elsewhere go through `prepare_generation` and
+`prepare_question`, where nothing is markup but the `<box>` of a question that comes with boxes; conversations of
+training rows are read in the same way (`encode_conversation`).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import get_image_size, make_nested_list_of_images, to_numpy_array
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_puma import PumaImageProcessor
 
@@ -20,7 +23,8 @@ IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN = "[IMG]", "[/IMG]", "<image>"
 BOX_MARK = "<box>"
 # Private-use characters around text that must stay text while a chat template is rendered.
 SHIELD = "\ue000\ue001"
-MARKUP = re.compile(f"{re.escape(IMAGE_TOKEN)}|{re.escape(BOX_MARK)}")
+SHIELDED = re.compile(f"{SHIELD[0]}(.*?){SHIELD[1]}", re.DOTALL)
+MARKUP = re.compile(f"({IMAGE_TOKEN}|{BOX_MARK})")
 
 # The report's system message, in Vicuna's format; `{% generation %}` marks what an assistant message supervises.
 CHAT_TEMPLATE = (
@@ -170,21 +174,40 @@ class PumaProcessor(ProcessorMixin):
         )
         written = []
         for sample, sample_boxes in zip(texts, boxes, strict=True):
-            sample_sizes = [next(sizes) for _ in range(sample.count(IMAGE_TOKEN))]
-            if sample.count(BOX_MARK) != len(sample_boxes or []):
-                given = len(sample_boxes or [])
-                raise ValueError(f"the text holds {sample.count(BOX_MARK)} {BOX_MARK} but {given} boxes were given")
-            if sample_boxes and not sample_sizes:
-                raise ValueError(f"the text {sample!r} has boxes but no {IMAGE_TOKEN} that they belong to")
-            queue = list(sample_boxes or [])
-            pieces = re.split(f"({MARKUP.pattern})", sample)
-            seen = 0
-            for i, piece in enumerate(pieces):
-                seen += piece == IMAGE_TOKEN
-                if piece == BOX_MARK:
-                    pieces[i] = self.format_box(queue.pop(0), sample_sizes[max(seen - 1, 0)])
+            marks = MARKUP.findall(sample)
+            sample_sizes = [next(sizes) for _ in range(marks.count(IMAGE_TOKEN))]
+            locations = iter(self.locate_boxes(marks, sample_boxes or [], sample_sizes))
+            pieces = [next(locations) if piece == BOX_MARK else piece for piece in MARKUP.split(sample)]
             written.append("".join(pieces))
         return written
+
+    def locate_boxes(self, marks: list[str], boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[str]:
+        """Location tokens for each `<box>` of a text.
+
+        A box belongs to the nearest image before it, else to the text's first.
+
+        Args:
+            marks: `<image>` and `<box>`, in the order in which they stand in the text.
+            boxes: (x_min, y_min, x_max, y_max) in pixels, one for each `<box>`.
+            sizes: (width, height) of the picture, one for each `<image>`.
+
+        Raises:
+            ValueError: other numbers of boxes or sizes than of marks; boxes without an image.
+        """
+        if marks.count(BOX_MARK) != len(boxes):
+            raise ValueError(f"the text holds {marks.count(BOX_MARK)} {BOX_MARK} but {len(boxes)} boxes were given")
+        if not boxes:
+            return []
+        if IMAGE_TOKEN not in marks:
+            raise ValueError(f"the text has {len(boxes)} boxes but no {IMAGE_TOKEN} that they belong to")
+        if marks.count(IMAGE_TOKEN) != len(sizes):
+            raise ValueError(
+                f"the text holds {marks.count(IMAGE_TOKEN)} {IMAGE_TOKEN} but {len(sizes)} picture sizes were given"
+            )
+        images_before = [marks[: i + 1].count(IMAGE_TOKEN) for i, mark in enumerate(marks) if mark == BOX_MARK]
+        return [
+            self.format_box(box, sizes[max(count - 1, 0)]) for box, count in zip(boxes, images_before, strict=True)
+        ]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return IMAGE_START_TOKEN + IMAGE_TOKEN * self.image_seq_length + IMAGE_END_TOKEN
@@ -218,12 +241,17 @@ class PumaProcessor(ProcessorMixin):
         """Ids of a text in which nothing is a special token, without BOS or EOS."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def encode_marked(self, text: str) -> list[int]:
-        """As `encode_plain`, but `<image>` is a whole image (`[IMG]`, placeholders, `[/IMG]`)."""
-        pieces = text.split(IMAGE_TOKEN)
-        ids = self.encode_plain(pieces[0]) if pieces[0] else []
-        for piece in pieces[1:]:
-            ids += self.image_ids + (self.encode_plain(piece) if piece else [])
+    def encode_marked(self, text: str, locations: Iterable[str] = ()) -> list[int]:
+        """As `encode_plain`, but `<image>` is a whole image (`[IMG]`, placeholders, `[/IMG]`) and each `<box>` the
+        next of `locations`, see `locate_boxes`."""
+        locations, ids = iter(locations), []
+        for piece in MARKUP.split(text):
+            if piece == IMAGE_TOKEN:
+                ids += self.image_ids
+            elif piece == BOX_MARK:
+                ids += self.tokenizer.encode(next(locations), add_special_tokens=False)
+            elif piece:
+                ids += self.encode_plain(piece)
         return ids
 
     @property
@@ -262,35 +290,105 @@ class PumaProcessor(ProcessorMixin):
             inputs["pixel_values"] = self.image_processor(flat, return_tensors="pt")["pixel_values"]
         return BatchFeature(inputs)
 
-    def prepare_question(self, questions: list[str], images: list[list[Image.Image]]) -> BatchFeature:
+    def prepare_question(
+        self,
+        questions: list[str],
+        images: list[list[Image.Image]],
+        boxes: list[list[Box] | None] | None = None,
+    ) -> BatchFeature:
         """Inputs of `generate` for plain-text questions, each about its pictures, in the chat format; left-padded.
 
+        Args:
+            boxes: for each question the boxes that its `<box>` marks stand for, in pixels of its first picture; a
+                question without boxes (None) has no marks.
+
         Raises:
-            ValueError: not a list of questions, or another number of lists of images.
+            ValueError: not a list of questions, or another number of lists of images or of boxes.
         """
+        boxes = [None for _ in questions] if boxes is None else boxes
         _check_batch(questions, images, "questions")
+        _check_batch(questions, boxes, "questions", "boxes")
         rows = []
-        for question, group in zip(questions, images, strict=True):
-            content = [*({"type": "image"} for _ in group), {"type": "text", "text": self._shield(question)}]
-            chat = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            rows.append(self._encode_shielded(chat))
+        for question, group, question_boxes in zip(questions, images, boxes, strict=True):
+            content = [*({"type": "image"} for _ in group), {"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}]
+            sizes = [_size(image) for image in group]
+            rows.append(self.encode_conversation(messages, question_boxes, sizes, add_generation_prompt=True)[0])
         return self._pad_left(rows, images)
+
+    def encode_conversation(
+        self,
+        messages: list[dict],
+        boxes: Sequence[Box] | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
+        num_given: int = 0,
+        add_generation_prompt: bool = False,
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation in the chat format, and for each whether it is part of an answer.
+
+        Nothing in the texts becomes a special token.
+
+        Args:
+            messages: as `apply_chat_template` takes them; pictures are `{"type": "image"}` parts.
+            boxes: what the `<box>` marks in the texts stand for; None: there are no marks. See `locate_boxes`.
+            sizes: (width, height) of the pictures.
+            num_given: so many messages at the start are given, whoever says them: they hold no answer.
+
+        Raises:
+            ValueError: boxes that do not match the marks; a chat template that does not mark answers with
+                `{% generation %}`.
+        """
+        locations = None
+        if boxes is not None:
+            locations = iter(self.locate_boxes(_marks(messages), boxes, sizes))
+        chat = [{**message, "content": self._shield_content(message["content"], locations)} for message in messages]
+        [text], [spans] = render_jinja_template(
+            [chat],
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **self.tokenizer.special_tokens_map,
+        )
+        num_answers = [message["role"] for message in messages].count("assistant")
+        if len(spans) != num_answers:
+            raise ValueError(
+                f"the chat template marks {len(spans)} answers with {{% generation %}}, but the conversation holds "
+                f"{num_answers} assistant messages"
+            )
+        num_given_answers = [message["role"] for message in messages[:num_given]].count("assistant")
+        return self._encode_shielded(text, spans[num_given_answers:])
+
+    def _shield_content(self, content: str | list[dict], locations: Iterator[str] | None) -> str | list[dict]:
+        """Texts of a message with `_shield`, and the next of `locations`, if any, in place of each `<box>`."""
+        if not isinstance(content, str):
+            return [
+                {**part, "text": self._shield_content(part["text"], locations)} if part["type"] == "text" else part
+                for part in content
+            ]
+        shielded = self._shield(content)
+        return shielded if locations is None else re.sub(BOX_MARK, lambda _: next(locations), shielded)
 
     def _shield(self, text: str) -> str:
         """Wraps what would become a special token, for `_encode_shielded`."""
-        special = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
+        special = "|".join(re.escape(token) for token in [*self.tokenizer.all_special_tokens, SHIELD[0]])
         return re.sub(special, lambda match: f"{SHIELD[0]}{match[0]}{SHIELD[1]}", text)
 
-    def _encode_shielded(self, text: str) -> list[int]:
-        """Ids of a rendered chat in which shielded pieces are plain text and `<image>` is a whole image."""
-        ids = []
-        for i, piece in enumerate(re.split(f"{SHIELD[0]}(.*?){SHIELD[1]}", text)):
+    def _encode_shielded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Ids of a rendered chat in which shielded pieces are plain text and `<image>` is a whole image; for each
+        whether it begins in one of the `spans` of characters."""
+        ids, inside, position = [], [], 0
+        for i, piece in enumerate(SHIELDED.split(text)):
             if i % 2:
-                ids += self.encode_plain(piece)
-            elif piece:
-                expanded = piece.replace(IMAGE_TOKEN, self.replace_image_token({}, 0))
-                ids += self.tokenizer.encode(expanded, add_special_tokens=False)
-        return ids
+                tokens, starts = self.encode_plain(piece), repeat(0)
+            else:
+                encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+                tokens, starts = encoded["input_ids"], (start for start, _ in encoded["offset_mapping"])
+            for token, start in zip(tokens, starts, strict=False):
+                expanded = self.image_ids if token == self.image_token_id else [token]
+                ids += expanded
+                inside += [any(first <= position + start < end for first, end in spans)] * len(expanded)
+            position += len(piece) + (len(SHIELD) if i % 2 else 0)
+        return ids, inside
 
     def decode_answers(self, sequences: torch.LongTensor, prompt_length: int) -> list[str]:
         """Texts that `generate` wrote after prompts of `prompt_length`, without special tokens other than
@@ -301,11 +399,21 @@ class PumaProcessor(ProcessorMixin):
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 
 
-def _check_batch(texts: list[str], images: list[list[Image.Image]], name: str):
+def _marks(messages: list[dict]) -> list[str]:
+    """`<image>` and `<box>` marks of a conversation, in their order."""
+    marks = []
+    for message in messages:
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            marks += re.findall(BOX_MARK, part["text"]) if part["type"] == "text" else [IMAGE_TOKEN]
+    return marks
+
+
+def _check_batch(texts: list[str], others: list, name: str, other_name: str = "images"):
     if isinstance(texts, str):
         raise ValueError(f"{name} must be a list of strings, got the string {texts!r}")
-    if len(texts) != len(images):
-        raise ValueError(f"got {len(texts)} {name} but {len(images)} lists of images: expected one for each")
+    if len(texts) != len(others):
+        raise ValueError(f"got {len(texts)} {name} but {len(others)} lists of {other_name}: expected one for each")
 
 
 def _nested_images(images) -> list[list]:

@@ -1,4 +1,4 @@
-"""What `PumaTrainer` can be told beyond `transformers.TrainingArguments`."""
+"""What PUMA's trainers can be told beyond the arguments of their base classes."""
 
 from dataclasses import dataclass, field
 
@@ -6,13 +6,24 @@ from transformers import TrainingArguments
 
 
 @dataclass
-class PumaTrainingArguments(TrainingArguments):
+class ProjectorArguments:
+    """Arguments of every trainer of the language model."""
+
     projector_learning_rate: float | None = field(
         default=None,
         metadata={
             "help": "Learning rate of the projector and the image head (report: 1e-4 against 3e-5); None: the same."
         },
     )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Rows hold texts and pictures, not arguments of the model's forward."}
+    )
+
+
+@dataclass
+class ModelLossArguments(ProjectorArguments):
+    """Arguments of the trainers that minimise the model's own loss."""
+
     feature_noise: float = field(
         default=0.0,
         metadata={
@@ -20,6 +31,31 @@ class PumaTrainingArguments(TrainingArguments):
             "each channel. Targets stay clean, so the model learns to write on after its own errors."
         },
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Rows hold texts and pictures, not arguments of the model's forward."}
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "The rows of a batch form one sequence without padding, in which no row sees another. Reaches the "
+            "default data collator only."
+        },
     )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longer rows are cut; None keeps them whole. Reaches the default data collator only."},
+    )
+
+
+@dataclass
+class PumaTrainingArguments(ModelLossArguments, TrainingArguments):
+    """`transformers.TrainingArguments` and what `PumaTrainer` adds.
+
+    Each process reads its own share of a stream (`dispatch_batches` is off).
+
+    Raises:
+        ValueError: `dispatch_batches` is asked for.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("dispatch_batches=True slices batches row by row, but rows differ in their pictures")
+        self.accelerator_config.dispatch_batches = False

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..processing_puma import BOX_MARK, IMAGE_TOKEN, PumaProcessor
+from ..processing_puma import MARKUP, PumaProcessor
 
 Row = dict[str, Any]
 
@@ -15,66 +15,87 @@ class PumaDataCollator:
     """Batches rows of these forms, each with its pictures in `images`, in the order of their marks in the text:
 
     - `{"prompt", "completion"}`: texts in which `<image>` stands for a picture; the completion is supervised;
+    - the same as lists of messages; what the assistant says in the completion is supervised;
     - `{"messages"}`: a conversation with `{"type": "image"}` parts; what the assistant says is supervised;
     - `{"text"}`: all of it is supervised.
 
-    `image_features`, for each picture (S, C) encoder features coarsest first, may stand in place of `images`. A row
-    that finishes with a picture ends after its scale `finest_scale`, if given: attention is causal, so the coarser
-    scales train as in the whole row. A column that is None counts as absent.
+    Other than these marks, nothing in a text becomes a special token. `boxes`, each (x_min, y_min, x_max, y_max) in
+    pixels of its picture, stand for `<box>` marks in any of the texts, see `PumaProcessor.locate_boxes`.
+
+    `image_features`, for each picture (S, C) encoder features coarsest first, may stand in place of `images`; with
+    boxes, the row then needs `image_sizes`, the (width, height) of each. A row that finishes with a picture ends after
+    its scale `finest_scale`, if given: attention is causal, so the coarser scales train as in the whole row. A column
+    that is None counts as absent.
 
     Args:
         processor: the model's.
         tokens_per_scale: the model's, `config.tokens_per_scale`; only rows with `finest_scale` need it.
         max_length: longer rows are cut; None keeps them whole.
+        packing: the rows of a batch form one sequence without padding. Position ids start anew with each row; this is
+            what tells transformers, in the absence of an attention mask, that no row sees another.
+        assistant_only_loss: False supervises everything in a conversation `messages`.
 
-    A call returns `input_ids`, `attention_mask` and `labels` (B, T), padded on the right; with pictures also
-    `image_loss_mask` (n,) and either `pixel_values` (n, 3, height, width) or `image_features` (n, S, C).
+    A call returns `input_ids` and `labels` (B, T), and `attention_mask` (B, T), padded on the right, or with packing
+    `position_ids`, B being 1; with pictures also `image_loss_mask` (n,) and either `pixel_values`
+    (n, 3, height, width) or `image_features` (n, S, C).
     """
 
     processor: PumaProcessor
     tokens_per_scale: list[int] | None = None
     max_length: int | None = None
+    packing: bool = False
+    assistant_only_loss: bool = True
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         # A data set of several kinds of rows has the columns of all, None where a row has nothing.
         rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
         encoded = [self._encode(row) for row in rows]
-        padded = self.processor.tokenizer.pad(
-            {"input_ids": [ids for ids, _, _ in encoded]}, padding_side="right", return_tensors="pt"
-        )
-        labels = torch.full_like(padded["input_ids"], -100)
-        for i, (ids, supervised, _) in enumerate(encoded):
-            is_label = torch.tensor(supervised) & (torch.tensor(ids) != self.processor.image_token_id)
-            labels[i, : len(ids)] = torch.where(is_label, padded["input_ids"][i, : len(ids)], -100)
-
-        batch = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "labels": labels}
+        sequences = [(ids, self._labels(ids, supervised)) for ids, supervised, _ in encoded]
+        batch = self._pack(sequences) if self.packing else self._pad(sequences)
         targets = [target for _, _, row_targets in encoded for target in row_targets]
         if targets:
             batch["image_loss_mask"] = torch.tensor(targets)
             batch |= self._images(rows, [len(row_targets) for _, _, row_targets in encoded])
         return batch
 
+    def _labels(self, ids: list[int], supervised: list[bool]) -> list[int]:
+        """Supervised text; the first token of a row has nothing before it that could predict it."""
+        image_token_id = self.processor.image_token_id
+        return [
+            token if flag and i and token != image_token_id else -100
+            for i, (token, flag) in enumerate(zip(ids, supervised, strict=True))
+        ]
+
+    def _pack(self, sequences: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": torch.tensor([[token for ids, _ in sequences for token in ids]]),
+            "labels": torch.tensor([[label for _, labels in sequences for label in labels]]),
+            "position_ids": torch.tensor([[position for ids, _ in sequences for position in range(len(ids))]]),
+        }
+
+    def _pad(self, sequences: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        padded = self.processor.tokenizer.pad(
+            {"input_ids": [ids for ids, _ in sequences]}, padding_side="right", return_tensors="pt"
+        )
+        labels = torch.full_like(padded["input_ids"], -100)
+        for row, (_, row_labels) in zip(labels, sequences, strict=True):
+            row[: len(row_labels)] = torch.tensor(row_labels)
+        return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "labels": labels}
+
     def _images(self, rows: list[Row], counts: list[int]) -> dict[str, torch.Tensor]:
         """The pictures of the batch; `counts` says how many of each row are left after cutting."""
-        if any("image_features" in row for row in rows):
-            features = [
-                f for row, count in zip(rows, counts, strict=True) for f in row.get("image_features", [])[:count]
-            ]
-            return {"image_features": torch.stack([torch.as_tensor(feature) for feature in features])}
-        images = [image for row, count in zip(rows, counts, strict=True) for image in row.get("images", [])[:count]]
-        return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+        name = "image_features" if any("image_features" in row for row in rows) else "images"
+        other = {"image_features": "images", "images": "image_features"}[name]
+        if any(row.get(other) for row in rows):
+            raise ValueError("a batch cannot hold rows with images and rows with image_features")
+        pictures = [picture for row, count in zip(rows, counts, strict=True) for picture in row.get(name, [])[:count]]
+        if name == "image_features":
+            return {"image_features": torch.stack([torch.as_tensor(features) for features in pictures])}
+        return {"pixel_values": self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]}
 
     def _encode(self, row: Row) -> tuple[list[int], list[bool], list[bool]]:
         """Ids, which of them are supervised, and for each picture whether it is a target."""
-        if "messages" in row:
-            ids, supervised = self._encode_messages(row["messages"])
-        elif "prompt" in row and "completion" in row:
-            ids, supervised = self._encode_pair(row["prompt"], row["completion"])
-        elif "text" in row:
-            ids, supervised = self._encode_pair("", row["text"])
-        else:
-            raise ValueError(f"a row needs 'messages', 'prompt' and 'completion', or 'text'; got {sorted(row)}")
-
+        ids, supervised = self._encode_texts(row)
         starts = [
             i for i, (token, before) in enumerate(zip(ids, [None, *ids], strict=False)) if self._starts(token, before)
         ]
@@ -98,27 +119,62 @@ class PumaDataCollator:
             raise ValueError(f"finest_scale={finest} is no scale of tokens_per_scale={self.tokens_per_scale}")
         return starts[-1] + sum(self.tokens_per_scale[finest:])
 
-    def _encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-        for text in (prompt, completion):
-            if not isinstance(text, str):
-                raise ValueError(f"prompt and completion must be texts, got a {type(text).__name__}: use 'messages'")
-            if BOX_MARK in text:
-                raise ValueError(f"{BOX_MARK} is not supported in training rows: {text!r}")
-        given = self.processor.bos_ids + self.processor.encode_marked(prompt)
-        written = self.processor.encode_marked(completion) + [self.processor.tokenizer.eos_token_id]
+    def _encode_texts(self, row: Row) -> tuple[list[int], list[bool]]:
+        """Ids of the row's texts, and which of them are supervised."""
+        boxes, sizes = row.get("boxes"), _picture_sizes(row)
+        if "messages" in row:
+            ids, answers = self.processor.encode_conversation(row["messages"], boxes, sizes)
+            return ids, answers if self.assistant_only_loss else [True] * len(ids)
+        if "text" in row:
+            return self._encode_pair("", row["text"], boxes or [], sizes)
+        if not ("prompt" in row and "completion" in row):
+            raise ValueError(f"a row needs 'messages', 'prompt' and 'completion', or 'text'; got {sorted(row)}")
+
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return self._encode_pair(prompt, completion, boxes or [], sizes)
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return self.processor.encode_conversation([*prompt, *completion], boxes, sizes, num_given=len(prompt))
+        kinds = f"a {type(prompt).__name__} and a {type(completion).__name__}"
+        raise ValueError(f"prompt and completion must both be texts or both be lists of messages, got {kinds}")
+
+    def _encode_pair(self, prompt: str, completion: str, boxes: list, sizes: list) -> tuple[list[int], list[bool]]:
+        marks = MARKUP.findall(prompt) + MARKUP.findall(completion)
+        locations = iter(self.processor.locate_boxes(marks, boxes, sizes))
+        given = self.processor.bos_ids + self.processor.encode_marked(prompt, locations)
+        written = self.processor.encode_marked(completion, locations) + [self.processor.tokenizer.eos_token_id]
         return given + written, [False] * len(given) + [True] * len(written)
 
-    def _encode_messages(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        chat = self.processor.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.processor.chat_template.replace(
-                f"'{IMAGE_TOKEN}'", f"'{self.processor.replace_image_token({}, 0)}'"
-            ),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return list(chat["input_ids"]), [bool(flag) for flag in chat["assistant_masks"]]
+
+@dataclass
+class PumaPreferenceCollator(PumaDataCollator):
+    """Batches `{"prompt", "chosen", "rejected", "images"}` for `PumaDPOTrainer`, texts or lists of messages.
+
+    The pictures are those of the prompt. A call returns `input_ids`, `attention_mask` and `completion_mask` (2B, T),
+    all chosen answers before all rejected ones, and with pictures `pixel_values` or `image_features`, in that order.
+    """
+
+    def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+        for row in rows:
+            if not {"prompt", "chosen", "rejected"} <= row.keys():
+                raise ValueError(f"a preference needs 'prompt', 'chosen' and 'rejected'; got {sorted(row)}")
+        answers = [{**row, "completion": row[answer]} for answer in ("chosen", "rejected") for row in rows]
+        batch = super().__call__(answers)
+        if batch.pop("image_loss_mask", torch.tensor(False)).any():
+            raise ValueError("preferences are over answers in text, but one of them holds a picture")
+        batch["completion_mask"] = (batch.pop("labels") != -100).long()
+        return batch
+
+
+def _picture_sizes(row: Row) -> list[tuple[int, int]]:
+    """(width, height) of each picture of a row, as far as boxes need them."""
+    if not row.get("boxes"):
+        return []
+    if "image_features" not in row:
+        return [image.size for image in row.get("images", [])]
+    if "image_sizes" not in row:
+        raise ValueError("boxes in a row with image_features need image_sizes, the (width, height) of each picture")
+    return row["image_sizes"]
 
 
 def _excerpt(row: Row) -> str:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from transformers_puma import flatten_scales
-from transformers_puma.training import PumaDataCollator
+from transformers_puma.training import PumaDataCollator, PumaPreferenceCollator
 
 from ..conftest import IMAGE_LENGTH, make_picture
 
@@ -89,19 +89,143 @@ def test_long_rows_are_cut_with_their_pictures(processor, model, picture):
     assert model(**batch).loss.isfinite()
 
 
+def test_packing_joins_rows_that_start_anew(processor, model):
+    rows = [{**row, "images": [make_picture(i) for i in row.get("images", [])]} for row, _, _ in ROWS]
+    padded = PumaDataCollator(processor, model.config.tokens_per_scale)(rows)
+    packed = PumaDataCollator(processor, model.config.tokens_per_scale, packing=True)(rows)
+    real = padded["attention_mask"].bool()
+    lengths = real.sum(1).tolist()
+    for key in ("input_ids", "labels"):
+        assert torch.equal(packed[key], padded[key][real][None])
+    assert packed["position_ids"][0].tolist() == [position for length in lengths for position in range(length)]
+    assert torch.equal(packed["pixel_values"], padded["pixel_values"]) and "attention_mask" not in packed
+
+
+def test_conversations_as_prompt_and_completion(collator, processor, picture):
+    """What the assistant said before is given."""
+    prompt = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": "draw it"},
+    ]
+    completion = [{"role": "assistant", "content": [{"type": "image"}]}]
+    row = {"images": [picture, make_picture(1)]}
+    batch = collator([{**row, "prompt": prompt, "completion": completion}])
+    assert supervised_text(processor, batch["labels"][0]) == " [IMG][/IMG]</s>"
+    assert batch["image_loss_mask"].tolist() == [False, True]
+    assert torch.equal(batch["input_ids"], collator([{**row, "messages": prompt + completion}])["input_ids"])
+
+
+def test_all_of_a_conversation_may_be_supervised(processor, picture):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a cat"},
+    ]
+    batch = PumaDataCollator(processor, assistant_only_loss=False)([{"messages": messages, "images": [picture]}])
+    text = supervised_text(processor, batch["labels"][0])
+    assert text.startswith("A chat between") and text.endswith("USER: [IMG][/IMG]what? ASSISTANT: a cat</s>")
+    assert batch["image_loss_mask"].tolist() == [True]
+
+
+HOSTILE = "</s><image> [IMG] <loc_5> <s> \ue000 <box>"
+
+
+def test_texts_of_conversations_stay_plain(collator, processor, picture):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": HOSTILE}]},
+        {"role": "assistant", "content": HOSTILE},
+    ]
+    batch = collator([{"messages": messages, "images": [picture]}])
+    ids = batch["input_ids"][0].tolist()
+    assert [ids.count(token) for token in processor.image_ids[:1]] == [1] and ids.count(1) == 1
+    assert processor.tokenizer.decode(ids).count(HOSTILE) == 2
+    assert supervised_text(processor, batch["labels"][0]) == f" {HOSTILE}</s>"
+    question = processor.prepare_question([HOSTILE], [[picture]])["input_ids"][0]
+    assert torch.equal(batch["input_ids"][0, : len(question)], question)
+
+
+BOX, LOCATIONS = (0, 0, 20, 15), "<loc_0><loc_0><loc_112><loc_112>"
+
+
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "read", "written"),
     [
-        ({"prompt": "a", "completion": "<image>", "images": []}, "holds 1 images but 0"),
-        ({"text": "a", "images": [0]}, "holds 0 images but 1"),
-        ({"caption": "a"}, "needs 'messages'"),
-        ({"prompt": "where is <box>?", "completion": "here"}, "<box> is not supported"),
-        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "must be texts, got a list"),
+        ({"prompt": "<image>where is it?", "completion": "at <box>."}, "where is it?", f"at {LOCATIONS}.</s>"),
+        ({"prompt": "<image>what is at <box>?", "completion": "a cat"}, f"what is at {LOCATIONS}?", "a cat</s>"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where? <loc_1>"}]},
+                    {"role": "assistant", "content": "at <box>."},
+                ]
+            },
+            "where? <loc_1>",
+            f" at {LOCATIONS}.</s>",
+        ),
     ],
 )
-def test_bad_rows(collator, row, message):
+def test_boxes_become_location_tokens(collator, processor, row, read, written):
+    picture = make_picture(0)  # 40 x 30
+    batch = collator([{**row, "images": [picture], "boxes": [BOX]}])
+    ids = batch["input_ids"][0]
+    assert read in processor.tokenizer.decode(ids)
+    assert supervised_text(processor, batch["labels"][0]) == written
+    locations = set(processor.tokenizer.convert_tokens_to_ids([f"<loc_{i}>" for i in range(224)]))
+    assert sum(token in locations for token in ids.tolist()) == 4
+    for found, expected in zip(processor.parse_boxes(LOCATIONS, picture.size)[0], BOX, strict=True):
+        assert abs(found - expected) <= 0.5 / 224 * 40 + 1e-9
+
+    features = {"image_features": [torch.zeros(IMAGE_LENGTH, 32)], "image_sizes": [picture.size]}
+    assert torch.equal(collator([{**row, **features, "boxes": [BOX]}])["input_ids"][0], ids)
+
+
+def test_a_question_with_boxes_is_read_as_in_training(collator, processor, picture):
+    content = [{"type": "image"}, {"type": "text", "text": "what is at <box>?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a cat"}]
+    ids = collator([{"messages": messages, "images": [picture], "boxes": [BOX]}])["input_ids"][0]
+    question = processor.prepare_question(["what is at <box>?"], [[picture]], boxes=[[BOX]])["input_ids"][0]
+    assert LOCATIONS in processor.tokenizer.decode(question)
+    assert torch.equal(ids[: len(question)], question)
+
+
+def test_preferences_are_pairs_of_answers(processor, picture):
+    row = {"prompt": "<image>what?", "chosen": "a cat", "rejected": "no", "images": [picture]}
+    batch = PumaPreferenceCollator(processor)([row, {**row, "chosen": "x"}])
+    answers = [
+        processor.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert answers == ["a cat</s>", "x</s>", "no</s>", "no</s>"]
+    assert batch["pixel_values"].shape[0] == 4 and not {"labels", "image_loss_mask"} & batch.keys()
+    with pytest.raises(ValueError, match="one of them holds a picture"):
+        PumaPreferenceCollator(processor)([{**row, "prompt": "what?", "chosen": "<image>", "rejected": "<image>"}])
+    with pytest.raises(ValueError, match="'prompt', 'chosen' and 'rejected'; got"):
+        PumaPreferenceCollator(processor)([{"prompt": "a", "completion": "b"}])
+
+
+PICTURE, FEATURES = make_picture(0), torch.zeros(IMAGE_LENGTH, 32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "completion": "<image>", "images": []}], "holds 1 images but 0"),
+        ([{"text": "a", "images": [0]}], "holds 0 images but 1"),
+        ([{"caption": "a"}], "needs 'messages'"),
+        ([{"prompt": "where is <box>?", "completion": "here"}], "holds 1 <box> but 0 boxes"),
+        ([{"prompt": "<image>", "completion": "here", "images": [PICTURE], "boxes": [BOX]}], "0 <box> but 1 boxes"),
+        ([{"text": "at <box>", "boxes": [BOX]}], "1 boxes but no <image>"),
+        ([{"text": "<image><box>", "image_features": [FEATURES], "boxes": [BOX]}], "need image_sizes"),
+        ([{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}], "got a list and a str"),
+        (
+            [{"text": "<image>", "images": [PICTURE]}, {"text": "<image>", "image_features": [FEATURES]}],
+            "rows with images and rows with image_features",
+        ),
+    ],
+)
+def test_bad_rows(collator, rows, message):
     with pytest.raises(ValueError, match=message):
-        collator([row])
+        collator(rows)
 
 
 def test_none_is_an_absent_column(collator, picture):

@@ -1,0 +1,83 @@
+"""`trl.DPOTrainer` for PUMA: preferences over answers in text."""
+
+import copy
+from dataclasses import dataclass, field
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import DPOConfig, DPOTrainer
+
+from .arguments import ProjectorArguments
+from .collator import PumaPreferenceCollator
+from .trl_mixin import RowsMixin, check_supported, load_model_and_processor
+
+SUPPORTED = {
+    "padding_free": (False,),
+    "truncation_mode": ("keep_start",),
+    "pad_to_multiple_of": (None,),
+    "precompute_ref_log_probs": (False,),
+}
+
+
+@dataclass
+class PumaDPOConfig(ProjectorArguments, DPOConfig):
+    """`trl.DPOConfig` with a learning rate for the projector.
+
+    Raises:
+        ValueError: an argument of TRL that would do nothing here.
+    """
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longer prompts with answers are cut; None keeps them whole."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_supported(self, SUPPORTED)
+
+
+class PumaDPOTrainer(RowsMixin, DPOTrainer):
+    """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) of PUMA's answers.
+
+    Takes the arguments of `trl.DPOTrainer`; `args` is a `PumaDPOConfig`. Data sets hold the rows of
+    `PumaPreferenceCollator`. Only text is preferred, so the image head has no part and is frozen.
+
+    Without `ref_model` the reference is the model as given: a copy, or with PEFT the model without its adapter.
+    """
+
+    args: PumaDPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: PumaDPOConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        args = PumaDPOConfig("trainer_output") if args is None else copy.copy(args)
+        if not isinstance(args, PumaDPOConfig):
+            raise ValueError(f"args must be a PumaDPOConfig, got a {type(args).__name__}")
+        model, processing_class = load_model_and_processor(model, processing_class, args.model_init_kwargs)
+        args.model_init_kwargs = None
+        if ref_model is None and peft_config is None and not isinstance(model, PeftModel):
+            if is_deepspeed_zero3_enabled():
+                raise ValueError("a model sharded by ZeRO-3 cannot be copied: give ref_model, or train with PEFT")
+            ref_model = copy.deepcopy(model)
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator or PumaPreferenceCollator(processing_class, max_length=args.max_length),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self.accelerator.unwrap_model(self.model).image_head.requires_grad_(False)

@@ -1,0 +1,115 @@
+"""What PUMA's trainers share, on top of `transformers.Trainer` and of its subclasses in TRL."""
+
+import torch
+from transformers import Trainer
+
+from ..granularity import scale_of_position
+from ..modeling_puma import ImagePositions, PumaModel
+
+
+class PumaTrainerMixin(Trainer):
+    """A frozen encoder, and a learning rate of their own for the projector and the image head."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs, and {type(self).__name__} does not support "
+                "torch.nn.DataParallel: start one process for each with torchrun or accelerate launch, or set "
+                "CUDA_VISIBLE_DEVICES to one"
+            )
+        for module in self.model.modules():
+            if isinstance(module, PumaModel):
+                module.vision_tower.requires_grad_(False)
+
+    def create_optimizer(self, model=None):
+        """Stock groups (with and without weight decay), each split in two where the projector has its own rate."""
+        optimizer = super().create_optimizer(model)
+        if self.args.projector_learning_rate is not None:
+            names = {id(parameter): name for name, parameter in (model or self.model).named_parameters()}
+            for group in list(optimizer.param_groups):
+                is_head = [_is_projection(names[id(parameter)]) for parameter in group["params"]]
+                heads = [p for p, flag in zip(group["params"], is_head, strict=True) if flag]
+                group["params"] = [p for p, flag in zip(group["params"], is_head, strict=True) if not flag]
+                options = {key: value for key, value in group.items() if key != "params"}
+                optimizer.add_param_group({**options, "params": heads, "lr": self.args.projector_learning_rate})
+        return optimizer
+
+
+class ModelLossMixin(PumaTrainerMixin):
+    """The model's own loss, exact over the global batch, and its parts in the logs.
+
+    Text and image losses are means over the supervised tokens of the global batch, counted separately, so gradient
+    accumulation and data parallelism change nothing but rounding.
+
+    Logged beside `loss` are `text_loss` and `image_loss`, and `mse_scale_i`, the unweighted squared error over all
+    supervised tokens of scale i since the last time; at evaluations, the same with the prefix of the metrics.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise ValueError("the loss is the model's own: label_smoothing_factor and compute_loss_func have no part")
+        # The two counts make the loss of each micro-batch its share of the global batch: nothing more to divide by.
+        self.model_accepts_loss_kwargs = True
+        self._parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # of training, of evaluation
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+        """(2,) supervised text and image tokens in all micro-batches of all processes."""
+        counts = torch.zeros(2, dtype=torch.long, device=device)
+        for batch in batch_samples:
+            counts[0] += (batch["labels"][:, 1:] != -100).sum().to(device)
+            counts[1] += self._supervised_per_scale(batch).sum().to(device)
+        return self.accelerator.reduce(counts, reduction="sum")
+
+    def _supervised_per_scale(self, batch: dict) -> torch.Tensor:
+        """(num_scales,) supervised image tokens of each scale."""
+        config = self.accelerator.unwrap_model(self.model).config
+        scales = scale_of_position(config.tokens_per_scale).to(batch["input_ids"].device)
+        positions = ImagePositions.find(batch["input_ids"], config.image_token_id)
+        supervised = positions.of_images(batch.get("image_loss_mask"))
+        return torch.bincount(scales[positions.offset[supervised]], minlength=config.num_scales)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        counts = {}
+        if num_items_in_batch is not None:
+            counts = {"num_text_items": num_items_in_batch[0], "num_image_items": num_items_in_batch[1]}
+        noise = self.args.feature_noise if model.training else 0.0
+        outputs = model(**inputs, **counts, feature_noise=noise, use_cache=False)
+
+        num_batches = self.current_gradient_accumulation_steps if model.training else 1
+        share = num_batches * self.accelerator.num_processes if counts else 1
+        losses = torch.stack([outputs.text_loss, outputs.image_loss]).detach().float() * share
+        num_tokens = self._supervised_per_scale(inputs)
+        errors = torch.where(num_tokens > 0, outputs.scale_losses * num_tokens, 0)
+        self._parts[model.training].append(torch.cat([losses, errors, num_tokens]))
+        # Data parallelism averages gradients over processes; the shares of the global batch are to be summed.
+        loss = outputs.loss * (self.accelerator.num_processes if counts else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _averaged_parts(self, training: bool) -> dict[str, float]:
+        """Parts of the loss over all processes since the last call."""
+        parts = torch.stack(self._parts[training]).mean(0)
+        self._parts[training].clear()
+        parts = self.accelerator.reduce(parts, reduction="mean")
+        errors, num_tokens = parts[2:].chunk(2)
+        logs = {"text_loss": parts[0].item(), "image_loss": parts[1].item()}
+        scales = zip(errors.tolist(), num_tokens.tolist(), strict=True)
+        return logs | {f"mse_scale_{scale}": error / count for scale, (error, count) in enumerate(scales) if count}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs and self._parts[True]:
+            logs |= self._averaged_parts(training=True)
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        parts = self._averaged_parts(training=False)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
+        return output
+
+
+def _is_projection(name: str) -> bool:
+    return "projector." in name or "image_head." in name

@@ -1,0 +1,39 @@
+"""What PUMA's trainers on top of TRL share: rows stay rows until PUMA's collator reads them."""
+
+import torch
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from ..modeling_puma import PumaForConditionalGeneration
+from .mixins import PumaTrainerMixin
+
+
+class RowsMixin(PumaTrainerMixin):
+    """Leaves data sets as they are: TRL would tokenise those without pictures, in another form."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+def check_supported(args, supported: dict[str, tuple]):
+    """Refuses arguments of TRL that would do nothing here; `supported` holds the values that are allowed of each."""
+    for name, values in supported.items():
+        if getattr(args, name) not in values:
+            raise ValueError(
+                f"{type(args).__name__} does not support {name}={getattr(args, name)!r}: expected "
+                f"{' or '.join(map(repr, values))}"
+            )
+
+
+def load_model_and_processor(
+    model: str | PreTrainedModel, processor: ProcessorMixin | None, model_init_kwargs: dict | None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model given as a folder or Hub id is loaded, in float32 unless `model_init_kwargs` says otherwise, and so is
+    its processor if none is given."""
+    if isinstance(model, str):
+        processor = processor or AutoProcessor.from_pretrained(model)
+        model = PumaForConditionalGeneration.from_pretrained(
+            model, **{"dtype": torch.float32, **(model_init_kwargs or {})}
+        )
+    if processor is None:
+        raise ValueError("processing_class (the model's PumaProcessor) is needed")
+    return model, processor

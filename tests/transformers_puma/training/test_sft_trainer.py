@@ -1,0 +1,163 @@
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+
+from transformers_puma.training import PumaSFTConfig, PumaSFTTrainer, PumaTrainer, PumaTrainingArguments
+
+from ..conftest import make_model, make_picture
+
+
+def make_rows() -> list[dict]:
+    pictures = [make_picture(i) for i in range(4)]
+    ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    draw = {"role": "user", "content": [{"type": "text", "text": "draw it"}]}
+    say = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
+    drawn = {"role": "assistant", "content": [{"type": "image"}]}
+    return [
+        {"messages": [ask, say, draw, drawn], "images": pictures[:2]},
+        {"prompt": "<image>red", "completion": "<image>", "images": pictures[2:]},
+        {"text": "all of it"},
+        {"prompt": "hello", "completion": "world"},
+    ]
+
+
+def stream(rows: list[dict]) -> IterableDataset:
+    """Rows of several kinds; a table of them would need the columns of all."""
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+OPTIONS = dict(
+    max_steps=3,
+    per_device_train_batch_size=4,
+    learning_rate=1e-3,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    use_cpu=True,
+    bf16=False,
+    disable_tqdm=True,
+    max_grad_norm=0.0,
+    projector_learning_rate=5e-3,
+    lr_scheduler_type="linear",
+    gradient_checkpointing=False,
+)
+PARTS = ("loss", "text_loss", "image_loss", "mse_scale_0", "mse_scale_1", "mse_scale_2")
+
+
+def make_trainer(processor, folder, dataset, model=None, **kwargs) -> PumaSFTTrainer:
+    args = {key: kwargs.pop(key) for key in list(kwargs) if key != "peft_config"}
+    config = PumaSFTConfig(str(folder), **{**OPTIONS, **args})
+    return PumaSFTTrainer(
+        model or make_model(processor), config, train_dataset=dataset, processing_class=processor, **kwargs
+    )
+
+
+def history(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_it_trains_as_the_plain_trainer_does(processor, tmp_path, packing):
+    """Rows of all kinds, texts and images: the same losses, parts of it, and parameters."""
+    rows = make_rows()
+    trainer = make_trainer(processor, tmp_path, stream(rows), packing=packing)
+    trainer.train()
+    plain = PumaTrainer(
+        make_model(processor),
+        PumaTrainingArguments(str(tmp_path), **OPTIONS, packing=packing),
+        processing_class=processor,
+        train_dataset=stream(rows),
+    )
+    plain.train()
+    for key in PARTS:
+        assert len(history(trainer, key)) == 3 and history(trainer, key) == history(plain, key), key
+    for ours, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert trainer.args.packing == packing and trainer.args.assistant_only_loss
+    assert not torch.equal(trainer.model.image_head.weight, make_model(processor).image_head.weight)
+
+
+def test_accumulation_changes_nothing(processor, tmp_path):
+    """Each row alone in a micro-batch, of text, of images or both."""
+    whole = make_trainer(processor, tmp_path, stream(make_rows()))
+    whole.train()
+    options = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, gradient_checkpointing=True)
+    parts = make_trainer(processor, tmp_path, stream(make_rows()), **options)
+    parts.train()
+    for key in PARTS:
+        assert history(parts, key) == pytest.approx(history(whole, key), rel=1e-4), key
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_assistant_is_supervised_unless_told(processor, tmp_path):
+    row = make_rows()[0]
+    dataset = Dataset.from_list([row])
+    masks = []
+    for only in (True, False):
+        trainer = make_trainer(processor, tmp_path, dataset, assistant_only_loss=only)
+        masks.append(next(iter(trainer.get_train_dataloader()))["image_loss_mask"].tolist())
+    assert masks == [[False, True], [True, True]]
+
+
+def test_an_adapter_trains_the_heads(processor, tmp_path):
+    from transformers_puma.training import puma_lora_config
+
+    model = make_model(processor)
+    trainer = make_trainer(
+        processor,
+        tmp_path,
+        stream(make_rows()),
+        model=model,
+        peft_config=puma_lora_config(model, [processor.image_start_token_id], r=2),
+        gradient_checkpointing=True,
+    )
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {
+        name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])
+    }
+    assert changed == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    for part in ("projector.modules_to_save", "image_head.modules_to_save", "lora_B", "trainable_tokens_delta"):
+        assert any(part in name for name in changed), part
+    assert not any("vision_tower" in name for name in changed)
+    assert history(trainer, "loss")[-1] < history(trainer, "loss")[0]
+
+
+def test_parts_of_the_loss_are_evaluated(processor, tmp_path):
+    trainer = make_trainer(processor, tmp_path, stream(make_rows()), per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(stream(make_rows()))
+    weighted = 0.02 * metrics["eval_text_loss"] + metrics["eval_image_loss"]
+    assert metrics["eval_loss"] == pytest.approx(weighted, rel=1e-5)
+    assert {f"eval_{part}" for part in PARTS} <= metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("loss_type", "dft"), ("completion_only_loss", False), ("padding_free", True), ("dataset_text_field", "body")],
+)
+def test_options_that_would_do_nothing(tmp_path, option, value):
+    with pytest.raises(ValueError, match=f"does not support {option}={value!r}"):
+        PumaSFTConfig(str(tmp_path), use_cpu=True, bf16=False, **{option: value})
+
+
+def test_a_folder_in_place_of_a_model(processor, tmp_path):
+    model = make_model(processor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = PumaSFTConfig(str(tmp_path / "out"), **OPTIONS)
+    trainer = PumaSFTTrainer(str(tmp_path), config, train_dataset=stream(make_rows()))
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_without_trl_the_extra_is_named(monkeypatch):
+    import sys
+
+    import transformers_puma.training as training
+
+    for name in ("sft_trainer", "trl_mixin"):
+        monkeypatch.delitem(sys.modules, f"transformers_puma.training.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match=r"PumaSFTTrainer needs trl: pip install 'puma-hub\[train\]'"):
+        training.__getattr__("PumaSFTTrainer")
