@@ -50,7 +50,18 @@ def stages(data: Path, scenes: Path, runs: Path, out: Path, preset: str, max_ste
     tuned = runs / "mllm_tuned"
     tuning = ["--scenes", scenes, "--cache", cache, "--pretrained", mllm]
     decoders = [
-        trained(f"unet_{s}", "train_decoder.py", unets[s], "--scale", s, "--cache", cache, needs=("cache",))
+        trained(
+            f"unet_{s}",
+            "train_decoder.py",
+            unets[s],
+            "--scale",
+            s,
+            "--scenes",
+            scenes,
+            "--cache",
+            cache,
+            needs=("cache",),
+        )
         for s in SCALES
     ]
     parts = ["--runs", str(runs), "--out", str(out)]
