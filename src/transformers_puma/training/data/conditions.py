@@ -1,8 +1,9 @@
 """Pictures drawn from edges, from a part of themselves, or from grey: MultiGen-20M, and the same from any picture.
 
 MultiGen-20M (Qin et al. 2023; layout from github.com/salesforce/UniControl, `train_util/dataset.py`): lines of
-`json_files/aesthetics_plus_all_group_{canny,inpainting,grayscale}_all.json` (JSON lines, whatever the extension) with `source`,
-the picture under `images/`, `control_{canny,inpainting,grayscale}`, the condition under `conditions/`, and `prompt`.
+`json_files/aesthetics_plus_all_group_{canny,inpainting,grayscale}_all.json` (JSON lines, whatever the extension) with
+`source`, the picture under `images/`, `control_{canny,inpainting,grayscale}`, the condition under `conditions/`, and
+`prompt`.
 """
 
 import functools
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .readers import Reader, line_place
-from .samples import Sample, field, image_file, make_sample, plain
+from .samples import Sample, field, image_file, make_sample, text_field
 from .streams import find_files, line_stream, parse_record
 
 # Our tasks, by the names that MultiGen-20M has for them.
@@ -56,7 +57,7 @@ def _parse_multigen(raw: dict[str, str], folder: Path, task: str, control: str |
     pictures = [image_file(folder / "images", target)]
     if control is not None:
         pictures.insert(0, image_file(folder / "conditions", field(record, control)))
-    return [make_sample(raw["place"], {"caption": plain(field(record, "prompt")), "task": task}, pictures)]
+    return [make_sample(raw["key"], {"caption": text_field(record, "prompt"), "task": task}, pictures)]
 
 
 def compute_condition(image: Image.Image, task: str, rng: random.Random) -> Image.Image:

@@ -1,19 +1,21 @@
 """Questions about pictures, and their answers.
 
-- OCR-VQA-200K (ocr-vqa.github.io): `dataset.json`, an object of `{"imageURL", "questions", "answers", "title", "authorName",
-  "genre", "split"}` by picture id, split 1 being for training; `images/{id}.jpg` as its download script names them (the
-  extension is that of `imageURL`).
-- LLaVAR (github.com/SALT-NLP/LLaVAR), LLaVA-OneVision (huggingface.co/datasets/lmms-lab/LLaVA-OneVision-Data) and Cambrian
-  (huggingface.co/datasets/nyu-visionx/Cambrian-10M, `jsons/Cambrian7M_withsystemprompt.jsonl`) have LLaVA's form: `id`, `image`
-  and `conversations`, a list of `{"from": "human" | "gpt" | "system", "value": text with <image>}`. OneVision is parquet, a
-  folder for each subset, with the picture in the row and `data_source`; Cambrian names in `source` the file that an
-  entry came from, and the first folder of its `image` is the data set.
+- OCR-VQA-200K (ocr-vqa.github.io): `dataset.json`, an object of `{"imageURL", "questions", "answers", "title",
+  "authorName", "genre", "split"}` by picture id, split 1 being for training; `images/{id}.jpg` as its download script
+  names them (the extension is that of `imageURL`).
+- LLaVAR (github.com/SALT-NLP/LLaVAR), LLaVA-OneVision (huggingface.co/datasets/lmms-lab/LLaVA-OneVision-Data) and
+  Cambrian (huggingface.co/datasets/nyu-visionx/Cambrian-10M, `jsons/Cambrian7M_withsystemprompt.jsonl`) have LLaVA's
+  form: `id`, `image` and `conversations`, a list of `{"from": "human" | "gpt" | "system", "value": text with
+  <image>}`. OneVision is parquet, a folder for each subset, with the picture in the row and `data_source`; Cambrian
+  names in `source` the file that an entry came from, and the first folder of its `image` is the data set.
 
-Report section 3.4: of OneVision and Cambrian, "data about math/reasoning and cross-duplicated data in the two datasets are
-removed", without saying which. **Choice**: the subsets listed here, by name. What both have is read from OneVision.
+Report section 3.4: of OneVision and Cambrian, "data about math/reasoning and cross-duplicated data in the two datasets
+are removed", without saying which. **Choice**: the subsets listed here, by name. What both have is read from
+OneVision.
 """
 
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,7 @@ CAMBRIAN_IN_ONEVISION = frozenset(
         "hfdata/visualmrc",
     }
 )
+CAMBRIAN_EXCLUDED = CAMBRIAN_MATH_REASONING | CAMBRIAN_IN_ONEVISION
 
 
 def ocr_vqa(path: str, *, num_shards: int = 1, seed: int | None = None, split: int = 1) -> Reader:
@@ -132,7 +135,7 @@ def llava_onevision(
     *,
     num_shards: int = 1,
     seed: int | None = None,
-    exclude: Paths = tuple(sorted(ONEVISION_MATH_REASONING)),
+    exclude: Collection[str] = ONEVISION_MATH_REASONING,
 ) -> Reader:
     """The folder with a folder of parquet files for each subset.
 
@@ -153,14 +156,14 @@ def cambrian(
     images: str,
     num_shards: int = 1,
     seed: int | None = None,
-    exclude: Paths = tuple(sorted(CAMBRIAN_MATH_REASONING | CAMBRIAN_IN_ONEVISION)),
+    exclude: Collection[str] = CAMBRIAN_EXCLUDED,
 ) -> Reader:
     """`Cambrian7M_withsystemprompt.jsonl`, or another of Cambrian's files.
 
     Args:
         images: the folder that `image` is relative to.
         exclude: `source` names and first folders of `image` that are left out; default: `CAMBRIAN_MATH_REASONING` and,
-            since it is meant to stand beside OneVision, `CAMBRIAN_IN_ONEVISION`.
+            since it stands beside OneVision, `CAMBRIAN_IN_ONEVISION`.
     """
     stream = record_stream(find_files(path, ["*.jsonl"], seed), num_shards)
     parse = functools.partial(_parse_llava_file, images=Path(images), exclude=frozenset(exclude))
@@ -187,6 +190,8 @@ def to_messages(conversation: list[dict[str, str]], num_images: int) -> list[dic
         for piece in pieces[1:]:
             parts += [{"type": "image"}, piece]
         parts = [part for part in parts if part["type"] == "image" or part["text"]]
+        if not parts:
+            raise BrokenSampleError(f"a turn without text: {value!r}")
         messages.append({"role": role, "content": parts})
 
     turns = [message for message in messages if message["role"] != "system"]
@@ -224,7 +229,7 @@ def _parse_llava_file(raw: dict[str, str], images: Path, exclude: frozenset[str]
     if record.get("source") in exclude or any(_data_set(path) in exclude for path in paths):
         return []
     messages = to_messages(field(record, "conversations", list), len(paths))
-    return [make_sample(raw["place"], {"messages": messages}, [image_file(images, path) for path in paths])]
+    return [make_sample(raw["key"], {"messages": messages}, [image_file(images, path) for path in paths])]
 
 
 def _data_set(image_path: str) -> str:

@@ -1,21 +1,22 @@
 """SEED-Data-Edit (arXiv 2405.04007): pictures, instructions, and the edited pictures.
 
-Layout, from the cards of huggingface.co/datasets/AILab-CVC/SEED-Data-Edit-Part1-Openimages, -Part1-Unsplash and -Part2-3, and
-from the authors' loader (github.com/AILab-CVC/SEED-X, `src/data/sft_clm.py`, `configs/data/sft_edit.yaml`):
+Layout, from the cards of huggingface.co/datasets/AILab-CVC/SEED-Data-Edit-Part1-Openimages, -Part1-Unsplash and
+-Part2-3, and from the authors' loader (github.com/AILab-CVC/SEED-X, `src/data/sft_clm.py`,
+`configs/data/sft_edit.yaml`):
 
 - part 1 (automated): `auto_editing/{openimages,unsplash}/`, part 2 (real-world): `real_editing/`, part 3 (multi-turn):
   `multi_turn_editing/`; each with `annotations/*.jsonl` and `images/`, unpacked.
-- parts 1 and 2: `source_image`, `target_image`, `instruction`; part 1 also has `annotations_GPT4V/`, where `instruction_new` is
-  the instruction rewritten.
-- part 3: `source_image`, then `instruction_1`, `edit_image_1`, `instruction_2`, ..., at most five turns. These names are taken from
-  code that reads them, not from the data themselves, and so is `target_image` in part 2.
+- parts 1 and 2: `source_image`, `target_image`, `instruction`; part 1 also has `annotations_GPT4V/`, where
+  `instruction_new` is the instruction rewritten.
+- part 3: `source_image`, then `instruction_1`, `edit_image_1`, `instruction_2`, ..., at most five turns. These names
+  are taken from code that reads them, not from the data themselves, and so is `target_image` in part 2.
 """
 
 import functools
 from pathlib import Path
 
 from .readers import Reader, line_place
-from .samples import BrokenSampleError, Sample, field, image_file, make_sample, plain
+from .samples import BrokenSampleError, Sample, field, image_file, make_sample, text_field
 from .streams import find_files, line_stream, parse_record
 
 
@@ -37,15 +38,15 @@ def _parse_edit(raw: dict[str, str]) -> list[Sample]:
     picture = functools.partial(image_file, images)
     source = field(record, "source_image")
     if "target_image" in record:
-        instruction = field(record, "instruction_new" if record.get("instruction_new") else "instruction")
+        instruction = text_field(record, "instruction_new" if record.get("instruction_new") else "instruction")
         pictures = [picture(source), picture(field(record, "target_image"))]
-        return [make_sample(raw["place"], {"instruction": plain(instruction)}, pictures)]
+        return [make_sample(raw["key"], {"instruction": instruction}, pictures)]
 
     samples, turn = [], 1
     while f"edit_image_{turn}" in record:
-        edited, instruction = field(record, f"edit_image_{turn}"), field(record, f"instruction_{turn}")
+        edited, instruction = field(record, f"edit_image_{turn}"), text_field(record, f"instruction_{turn}")
         pictures = [picture(source), picture(edited)]
-        samples.append(make_sample(f"{raw['place']}#{turn}", {"instruction": plain(instruction)}, pictures))
+        samples.append(make_sample(f"{raw['key']}#{turn}", {"instruction": instruction}, pictures))
         source, turn = edited, turn + 1
     if not samples:
         raise BrokenSampleError(f"neither target_image nor edit_image_1 among the fields {', '.join(record)}")

@@ -1,11 +1,12 @@
 """Pictures with captions, and plain text.
 
-- LAION-2B and LAION-Aesthetics are lists of addresses; what is read is what img2dataset (github.com/rom1504/img2dataset,
-  `img2dataset/writer.py`) writes when it downloads them, as webdataset (`{key}.jpg`, `.txt`, `.json` in `00000.tar`) or
-  as parquet (`key`, `jpg`, `caption`, `status`; rows whose download failed have no picture and are left out).
-- GRIT (huggingface.co/datasets/zzliang/GRIT, its card) is downloaded likewise, with `noun_chunks` and `ref_exps` saved in
-  `.json`: lists of [start, end, x_min, y_min, x_max, y_max, score], the first two being places in `caption`, the next
-  four fractions of the picture's size.
+- LAION-2B and LAION-Aesthetics are lists of addresses; what is read is what img2dataset
+  (github.com/rom1504/img2dataset, `img2dataset/writer.py`) writes when it downloads them, as webdataset (`{key}.jpg`,
+  `.txt`, `.json` in `00000.tar`) or as parquet (`key`, `jpg`, `caption`, `status`; rows whose download failed have no
+  picture and are left out).
+- GRIT (huggingface.co/datasets/zzliang/GRIT, its card) is downloaded likewise, with `noun_chunks` and `ref_exps` saved
+  in `.json`: lists of [start, end, x_min, y_min, x_max, y_max, score], the first two being places in `caption`, the
+  next four fractions of the picture's size.
 - JourneyDB (huggingface.co/datasets/JourneyDB/JourneyDB): `data/train` with `train_anno_realease_repath.jsonl` (sic;
   `img_path`, `prompt`, `Task2.Caption`, which is missing in some rows) and `imgs/000/...`, unpacked.
 - The Pile (Gao et al. 2020, arXiv 2101.00027): `train/00.jsonl.zst` ..., lines with `text` and `meta.pile_set_name`.
@@ -22,7 +23,7 @@ from datasets import load_dataset
 
 from ...processing_puma import BOX_MARK, IMAGE_TOKEN
 from .readers import Reader, line_place, tar_place
-from .samples import BrokenSampleError, Sample, field, image_file, make_sample, plain, stored_image
+from .samples import BrokenSampleError, Sample, field, image_file, make_sample, stored_image, text_field
 from .streams import Paths, find_files, line_stream, parquet_stream, parse_record, webdataset_stream
 
 PICTURES = ("*.jpg", "*.jpeg", "*.png", "*.webp")
@@ -135,8 +136,8 @@ def _row_place(raw: dict[str, Any], caption: str) -> str:
 
 def _parse_laion_tar(raw: dict[str, Any], caption: str) -> list[Sample]:
     picture = raw["jpg"] or raw["png"] or raw["webp"]
-    text = field(raw, "txt") if caption == "txt" else field(raw["json"] or {}, caption)
-    return [make_sample(_tar_key(raw), {"caption": plain(text)}, [stored_image(picture, "jpg")])]
+    text = text_field(raw, "txt") if caption == "txt" else text_field(raw["json"] or {}, caption)
+    return [make_sample(_tar_key(raw), {"caption": text}, [stored_image(picture, "jpg")])]
 
 
 def _tar_key(raw: dict[str, Any]) -> str:
@@ -147,7 +148,7 @@ def _parse_laion_row(raw: dict[str, Any], caption: str) -> list[Sample]:
     if raw.get("status", "success") != "success":
         return []
     key = field(raw, "key")
-    return [make_sample(key, {"caption": plain(field(raw, caption))}, [stored_image(raw["jpg"], "jpg")])]
+    return [make_sample(key, {"caption": text_field(raw, caption)}, [stored_image(raw["jpg"], "jpg")])]
 
 
 def _parse_grit(raw: dict[str, Any], phrases: str) -> list[Sample]:
@@ -176,30 +177,29 @@ def _grounded(caption: str, entry: list[float]) -> dict[str, Any]:
 def _parse_journeydb(raw: dict[str, str], images: Path, caption: str) -> list[Sample]:
     record = parse_record(raw)
     path = field(record, "img_path")
-    if caption == "prompt":
-        text = field(record, "prompt")
-    else:
-        text = (record.get("Task2") or {}).get("Caption")
-        if not text:
+    if caption == "caption":
+        record = record.get("Task2") or {}
+        if not record.get("Caption"):
             return []
-    return [make_sample(path, {"caption": plain(text)}, [image_file(images, path)])]
+    text = text_field(record, "prompt" if caption == "prompt" else "Caption")
+    return [make_sample(path, {"caption": text}, [image_file(images, path)])]
 
 
 def _parse_pile(raw: dict[str, str]) -> list[Sample]:
-    return [make_sample(raw["place"], {"text": field(parse_record(raw), "text")})]
+    return [make_sample(raw["key"], {"text": field(parse_record(raw), "text")})]
 
 
 def _parse_captioned_file(raw: dict[str, Any]) -> list[Sample]:
     path = Path(raw["image"]["path"])
     try:
-        caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        caption = path.with_suffix(".txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BrokenSampleError(f"no caption beside it: {error}") from error
-    return [make_sample(path.name, {"caption": plain(field({"caption": caption}, "caption"))}, [raw["image"]])]
+    return [make_sample(path.name, {"caption": text_field({"caption": caption}, "caption")}, [raw["image"]])]
 
 
 def _parse_table_row(raw: dict[str, Any], image: str, caption: str) -> list[Sample]:
-    picture, text = raw[image], plain(field(raw, caption))
+    picture, text = raw[image], text_field(raw, caption)
     if isinstance(picture, dict) and picture["bytes"] is None and picture["path"]:
         return [make_sample(picture["path"], {"caption": text}, [picture])]
     return [make_sample(text, {"caption": text}, [stored_image(picture, image)])]

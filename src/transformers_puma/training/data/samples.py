@@ -125,6 +125,15 @@ def plain(text: str) -> str:
     return text.replace(IMAGE_TOKEN, "").replace(BOX_MARK, "").strip()
 
 
+def text_field(record: dict, name: str) -> str:
+    """A text field of a record, as `plain`.
+
+    Raises:
+        BrokenSampleError: missing, not a text, or nothing but space and markup.
+    """
+    return field({name: plain(field(record, name))}, name)
+
+
 def sample_rng(seed: int, key: str, purpose: str) -> random.Random:
     """Random numbers that depend on the sample alone, whatever order, process or worker reads it."""
     digest = hashlib.blake2b(f"{seed}\n{purpose}\n{key}".encode(), digest_size=8).digest()

@@ -24,7 +24,7 @@ from datasets import Features, Image, IterableDataset, Json, Value, load_dataset
 from .samples import BrokenSampleError
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
-LINE_FEATURES = Features({"record": Value("string"), "place": Value("string")})
+LINE_FEATURES = Features({"record": Value("string"), "key": Value("string"), "place": Value("string")})
 
 
 def find_files(paths: Paths, patterns: Sequence[str], seed: int | None = None) -> list[str]:
@@ -52,10 +52,12 @@ def find_files(paths: Paths, patterns: Sequence[str], seed: int | None = None) -
     return found
 
 
-def webdataset_stream(files: Sequence[str], image_types: Sequence[str] = ("jpg", "png", "webp")) -> IterableDataset:
-    """Records of tars: `__key__`, `__url__`, the undecoded pictures, `txt` and `json`; None where a member is missing."""
-    images = {name: Image(decode=False) for name in image_types}
+def webdataset_stream(files: Sequence[str]) -> IterableDataset:
+    """Records of tars: `__key__`, `__url__`, undecoded pictures (`jpg`, `png`, `webp`), `txt` and `json`; None for what
+    a sample does not have."""
+    images = {extension: Image(decode=False) for extension in ("jpg", "png", "webp")}
     texts = {"txt": Value("string"), "json": Json(), "__key__": Value("string"), "__url__": Value("string")}
+    # Given the features, the builder does not demand that the first samples of a tar all have the same members.
     return load_dataset(
         "webdataset", data_files=list(files), split="train", streaming=True, features=Features(images | texts)
     )
@@ -68,7 +70,8 @@ def parquet_stream(files: Sequence[str], num_shards: int = 1) -> IterableDataset
 
 
 def line_stream(files: Sequence[str], num_shards: int = 1) -> IterableDataset:
-    """Lines of files (`.jsonl`, `.jsonl.zst`, `.jsonl.gz`): `record`, the line, and `place`, the file and line number.
+    """Lines of files (`.jsonl`, `.jsonl.zst`, `.jsonl.gz`): `record`, the line; `place`, the file and line number; and
+    `key`, the same without the file's folder.
 
     With fewer files than `num_shards`, several shards read the same file, each its every n-th line.
     """
@@ -122,13 +125,17 @@ def _lines(parts: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
         with _open_lines(file) as lines:
             for number, line in enumerate(lines):
                 if number % step == index and line.strip():
-                    yield {"record": line.rstrip("\n"), "place": f"{file}:{number + 1}"}
+                    yield _line(line.rstrip("\n"), file, number + 1)
 
 
 def _entries(parts: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     for file, index, step in parts:
         for key, entry in _load_entries(file)[index::step]:
-            yield {"record": json.dumps(entry), "place": f"{file}:{key}"}
+            yield _line(json.dumps(entry), file, key)
+
+
+def _line(record: str, file: str, number: int | str) -> dict[str, str]:
+    return {"record": record, "key": f"{Path(file).name}:{number}", "place": f"{file}:{number}"}
 
 
 @functools.lru_cache(maxsize=1)
