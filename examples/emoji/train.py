@@ -108,7 +108,7 @@ def run(todo: list[Stage], logs: Path, jobs: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"stages of another run are at work in {logs}: wait for them or stop them first") from None
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     done = {stage.name for stage in todo if stage.result.exists()}
     waiting = [stage for stage in todo if stage.name not in done]
     print(f"done already: {', '.join(sorted(done)) or 'nothing'}")
