@@ -30,7 +30,7 @@ GB = 1e9
 
 
 def fused_attention(module: nn.Module, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, None]:
-    """The kernel that GPUs run, which keeps no T x T scores; on the meta device stock SDPA would take one that does."""
+    """The kernel that GPUs run, which keeps no T x T scores; on the meta device stock SDPA takes one that does."""
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
     output = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True)[0]
     return output.transpose(1, 2), None
@@ -155,7 +155,9 @@ def needed_speed(model: nn.Module, training: dict, num_processes: int, days: flo
 
 
 def report(rows: dict[str, float], gpu_memory: float) -> str:
-    rows = rows | {"reserve (context, communication, fragmentation)": RESERVE_GB * GB + RESERVE_SHARE * gpu_memory * GB}
+    rows = rows | {
+        "reserve (context, communication, fragmentation)": RESERVE_GB * GB + RESERVE_SHARE * gpu_memory * GB
+    }
     total = sum(rows.values()) / GB
     lines = [f"{name:<52} {size / GB:8.2f} GB" for name, size in rows.items()]
     verdict = "fits" if total <= gpu_memory else "does not fit"

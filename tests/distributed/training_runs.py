@@ -1,0 +1,125 @@
+"""What the processes of `test_language_model.py` run: the same training on one process and on several.
+
+    torchrun --nproc_per_node 2 -m tests.distributed.training_runs ddp|fsdp2|zero3 FOLDER
+
+Each leaves in FOLDER/NAME a model folder and `losses.json`; the first process writes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from tests.transformers_puma.conftest import make_model, make_picture, make_processor
+from transformers_puma import PumaForConditionalGeneration
+from transformers_puma.training import PumaTrainer, PumaTrainingArguments
+
+STEPS, GLOBAL_BATCH, WORLD_SIZE = 20, 4, 2
+ZERO3 = Path(__file__).parents[2] / "examples" / "accelerate" / "zero3.json"
+
+
+def make_rows() -> list[dict]:
+    """In order: of every global batch one half has pictures and the other, on another process, text alone."""
+    drawn = [{"prompt": f"picture {i}", "completion": "<image>", "images": [make_picture(i)]} for i in range(3)]
+    read = [{"prompt": "<image>", "completion": f"words {i}", "images": [make_picture(i)]} for i in range(3)]
+    text = [{"text": "only text " * (i + 1)} for i in range(6)]
+    rows = []
+    for i in range(3):
+        halves = [[drawn[i], read[i]], text[2 * i : 2 * i + 2]]
+        rows += sum(halves if i % 2 == 0 else halves[::-1], [])
+    return rows
+
+
+def make_arguments(folder: Path, num_processes: int, **options) -> PumaTrainingArguments:
+    defaults = dict(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=GLOBAL_BATCH // num_processes,
+        learning_rate=1e-3,
+        projector_learning_rate=2e-3,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return PumaTrainingArguments(**(defaults | options))
+
+
+def make_trainer(arguments: PumaTrainingArguments, model: PumaForConditionalGeneration) -> PumaTrainer:
+    return PumaTrainer(model, arguments, processing_class=make_processor(), train_dataset=make_rows())
+
+
+def run_trainer(arguments: PumaTrainingArguments, model: PumaForConditionalGeneration) -> PumaTrainer:
+    trainer = make_trainer(arguments, model)
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        Path(arguments.output_dir, "losses.json").write_text(json.dumps(history))
+    return trainer
+
+
+def ddp(folder: Path) -> None:
+    trainer = run_trainer(make_arguments(folder / "ddp", WORLD_SIZE), make_model(make_processor()))
+    assert dist.get_world_size() == trainer.accelerator.num_processes == WORLD_SIZE
+    assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+
+
+def fsdp2(folder: Path) -> None:
+    """Accelerate shards on accelerators only: here torch does, and the trainer's own parts make the loop."""
+    trainer = make_trainer(make_arguments(folder / "fsdp2", WORLD_SIZE), make_model(make_processor()))
+    model = trainer.model.train()
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    assert dist.get_world_size() == mesh.size() == WORLD_SIZE
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+    trainer.current_gradient_accumulation_steps = 1
+    optimizer = trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(STEPS, optimizer)
+    history = []
+    batches = trainer.get_train_dataloader()
+    for _ in range(-(-STEPS // len(batches))):
+        for batch in batches:
+            if len(history) == STEPS:
+                break
+            counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+            loss = trainer.compute_loss(model, batch, num_items_in_batch=counts)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            history.append({"loss": trainer.accelerator.reduce(loss.detach(), "mean").item()})
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(folder / "fsdp2", state_dict=whole)
+        (folder / "fsdp2" / "losses.json").write_text(json.dumps(history))
+
+
+def zero3(folder: Path) -> None:
+    """With the settings of the examples. The model is loaded, because DeepSpeed shards while weights are read."""
+    arguments = make_arguments(folder / "zero3", WORLD_SIZE, use_cpu=False, deepspeed=str(ZERO3))
+    model = PumaForConditionalGeneration.from_pretrained(folder / "start", dtype=torch.float32)
+    trainer = run_trainer(arguments, model)
+    assert dist.get_world_size() == trainer.accelerator.num_processes == WORLD_SIZE
+    assert trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3
+    assert all(
+        parameter.ds_tensor.numel() < parameter.ds_numel
+        for parameter in trainer.model.model.language_model.parameters()
+    )
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))
