@@ -6,10 +6,12 @@ import numpy as np
 
 from .runner import RESAMPLES
 
+DRAWN_AT_ONCE = 2**22  # indices
+
 
 def bootstrap_statistic(
     strata: Sequence[np.ndarray],
-    statistic: Callable[[list[np.ndarray]], float],
+    statistic: Callable[[list[np.ndarray]], np.ndarray],
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, float]:
@@ -18,16 +20,20 @@ def bootstrap_statistic(
     Args:
         strata: for each part of the data (n_i, k) values of its n_i independent samples; each part is resampled on
             its own, so that its share in the whole stays.
-        statistic: of the parts' means, each (k,).
+        statistic: of the parts' means, each (R, k), for R resamples at once: (R,).
 
     Returns:
         As `bootstrap_mean`: `mean` (the statistic of the data), `low`, `high`, and `n` (of all samples).
     """
     generator = np.random.default_rng(seed)
-    drawn = [
-        statistic([part[generator.integers(len(part), size=len(part))].mean(axis=0) for part in strata])
-        for _ in range(RESAMPLES)
-    ]
+    drawn = statistic([_resampled_means(part, generator) for part in strata])
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    value = statistic([part.mean(axis=0) for part in strata])
+    (value,) = statistic([part.mean(axis=0, keepdims=True) for part in strata])
     return {"mean": float(value), "low": float(low), "high": float(high), "n": sum(map(len, strata))}
+
+
+def _resampled_means(part: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Means (RESAMPLES, k) of as many samples with replacement of (n, k) values."""
+    count = max(1, DRAWN_AT_ONCE // len(part))
+    sizes = [min(count, RESAMPLES - start) for start in range(0, RESAMPLES, count)]
+    return np.concatenate([part[generator.integers(len(part), size=(size, len(part)))].mean(axis=1) for size in sizes])

@@ -78,8 +78,8 @@ class MME(Benchmark):
         for category, part in parts.items():
             table[self.row_name(category)] = {
                 "score": _total([part]),
-                "accuracy": bootstrap_statistic([part], lambda means: means[0][0]),
-                "accuracy_plus": bootstrap_statistic([part], lambda means: means[0][1]),
+                "accuracy": bootstrap_statistic([part], lambda means: means[0][:, 0]),
+                "accuracy_plus": bootstrap_statistic([part], lambda means: means[0][:, 1]),
             }
         return table
 
@@ -91,7 +91,7 @@ def parse_yes_no(answer: str) -> str:
 
 
 def _total(parts: list[np.ndarray]) -> dict[str, float]:
-    return bootstrap_statistic(parts, lambda means: sum(mean.sum() for mean in means))
+    return bootstrap_statistic(parts, lambda means: sum(mean.sum(axis=1) for mean in means))
 
 
 def _read_pair(text: Path, pictures: Path, category: str) -> list[Question]:

@@ -4,7 +4,7 @@ Files of the repository AoiDragon/POPE (`output/coco`): `{split}/{split}_pope_{c
 line: `question_id`, `image`, `text`, `label` (`yes` or `no`). Pictures are COCO's, in `val2014/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -66,35 +66,36 @@ def parse_polled(answer: str) -> str:
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def precision(rates: np.ndarray) -> float:
-    """From the shares (4,) of true and false positives, false and true negatives; 0 if nothing was called positive."""
-    positive = rates[0] + rates[1]
-    return rates[0] / positive if positive else 0.0
+def precision(rates: np.ndarray) -> np.ndarray:
+    """Of shares (R, 4): true and false positives, false and true negatives. 0 if nothing is called positive."""
+    return _share(rates[:, 0], rates[:, 0] + rates[:, 1])
 
 
-def recall(rates: np.ndarray) -> float:
+def recall(rates: np.ndarray) -> np.ndarray:
     """0 if nothing is positive."""
-    true = rates[0] + rates[2]
-    return rates[0] / true if true else 0.0
+    return _share(rates[:, 0], rates[:, 0] + rates[:, 2])
 
 
-def f1(rates: np.ndarray) -> float:
-    """0 if nothing is positive, nor was called so."""
-    both = 2 * rates[0] + rates[1] + rates[2]
-    return 2 * rates[0] / both if both else 0.0
+def f1(rates: np.ndarray) -> np.ndarray:
+    """0 if nothing is positive, nor called so."""
+    return _share(2 * rates[:, 0], 2 * rates[:, 0] + rates[:, 1] + rates[:, 2])
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
 METRICS = {
-    "accuracy": lambda rates: rates[0] + rates[3],
+    "accuracy": lambda rates: rates[:, 0] + rates[:, 3],
     "precision": precision,
     "recall": recall,
     "f1": f1,
-    "yes_ratio": lambda rates: rates[0] + rates[1],
+    "yes_ratio": lambda rates: rates[:, 0] + rates[:, 1],
 }
 
 
 def _metrics(parts: list[np.ndarray]) -> dict[str, dict[str, float]]:
-    return {
-        name: bootstrap_statistic(parts, lambda means, metric=metric: 100 * np.mean([metric(mean) for mean in means]))
-        for name, metric in METRICS.items()
-    }
+    def mean_of(metric: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[np.ndarray]], np.ndarray]:
+        return lambda means: 100 * np.mean([metric(mean) for mean in means], axis=0)
+
+    return {name: bootstrap_statistic(parts, mean_of(metric)) for name, metric in METRICS.items()}

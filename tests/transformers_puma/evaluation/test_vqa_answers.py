@@ -37,7 +37,7 @@ def test_normalization_is_that_of_the_challenge():
     metric = pytest.importorskip("lmms_eval.tasks._task_utils.vqa_eval_metric")
     reference = metric.EvalAIAnswerProcessor()
     words = [*reference.CONTRACTIONS, *"a the none 1,000 3.5 U.S. dog's t-shirt yes, a/b (c) what!? 10:30".split()]
-    texts = [f"{first}{between}{second}" for first in words for second in words[::7] for between in (" ", ", ", "-")]
+    texts = [f"{first}{between}{second}" for first in words for second in words[::29] for between in (" ", ", ", "-")]
     assert [normalize_answer(text) for text in texts] == [reference(text) for text in texts]
 
 

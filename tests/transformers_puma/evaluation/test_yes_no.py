@@ -20,12 +20,10 @@ def mme(tmp_path) -> MME:
         folder = tmp_path / category
         texts = folder / "questions_answers_YN" if category in WITH_SUBFOLDERS else folder
         texts.mkdir(parents=True)
-        for name in ("0001", "0002"):
-            write_picture(
-                (folder / "images" if category in WITH_SUBFOLDERS else folder)
-                / f"{name}.{'jpg' if name == '0001' else 'png'}"
-            )
-            (texts / f"{name}.txt").write_text(
+        pictures = folder / "images" if category in WITH_SUBFOLDERS else folder
+        for name in ("0001.jpg", "0002.png"):
+            picture = write_picture(pictures / name)
+            (texts / f"{picture.stem}.txt").write_text(
                 "Is there a dog? Please answer yes or no.\tYes\nIs there a cat?  Please answer yes or no.\tNo\n\n"
             )
     return MME(tmp_path)
