@@ -7,10 +7,14 @@ Each run has a folder and goes on from where it was stopped. With several proces
 
 import argparse
 
-from . import eval_compare, eval_reconstruction
+from . import eval_compare, eval_editing, eval_features, eval_generation, eval_reconstruction, eval_understanding
 
 EVALUATIONS = {
     "reconstruction": eval_reconstruction,
+    "generation": eval_generation,
+    "editing": eval_editing,
+    "understanding": eval_understanding,
+    "features": eval_features,
     "compare": eval_compare,
 }
 

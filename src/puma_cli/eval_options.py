@@ -1,7 +1,7 @@
 """What the evaluations share: options, the run's folder, models on each process's device, and printing results."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,12 +32,11 @@ def add_run_options(parser: argparse.ArgumentParser, task: str, data: str) -> No
     add_model_options(parser)
 
 
-def add_drawing_options(parser: argparse.ArgumentParser, seeds: tuple[int, ...] = (0, 1)) -> None:
+def add_drawing_options(parser: argparse.ArgumentParser, seeds: str) -> None:
+    """Options of pictures to draw; `seeds` tells the default."""
     group = parser.add_argument_group("drawing")
-    group.add_argument("--scale", type=scale, default="all", metavar="N|all", help="0 (finest) to 4, or all (default)")
-    group.add_argument(
-        "--seeds", type=seed, nargs="+", default=list(seeds), metavar="N", help=f"({' '.join(map(str, seeds))})"
-    )
+    group.add_argument("--scale", type=scale, metavar="N|all", help="0 (finest) to 4, or all (default)")
+    group.add_argument("--seeds", type=seed, nargs="+", metavar="N", help=f"of the noise ({seeds})")
     group.add_argument("--steps", type=positive, metavar="N", help="denoising steps (default: the model's own)")
     group.add_argument(
         "--guidance", type=number, default=2.0, metavar="G", help="strength of guidance, 1 for none (2)"
@@ -67,19 +66,30 @@ def check_data(path: str) -> Path:
     return found
 
 
-def load_drawer(args: argparse.Namespace, model: ModelSource) -> "Drawer":
-    """The model on this process's device, with the decoders of `--scale`."""
+def load_drawer(
+    args: argparse.Namespace, model: ModelSource, seeds: Iterable[int], default_scale: int | str = "all"
+) -> "Drawer":
+    """The model on this process's device, with the decoders of `--scale`; `seeds` where none are given."""
     from diffusers_puma.evaluation import Drawer
 
     from .loading import load_pipeline
 
+    asked = default_scale if args.scale is None else args.scale
     model.require_decoders()
-    model.require_scale(args.scale)
+    model.require_scale(asked)
     choose_gpu()
-    scales = model.decoders if args.scale == "all" else [args.scale]
+    scales = model.decoders if asked == "all" else [asked]
     pipe = load_pipeline(model, scales, args.device, args.dtype)
     pipe.set_progress_bar_config(disable=True)
-    return Drawer(pipe, scales, args.seeds, args.size, args.steps, args.guidance)
+    return Drawer(pipe, scales, args.seeds or list(seeds), args.size, args.steps, args.guidance)
+
+
+def process_device(args: argparse.Namespace) -> str:
+    """What `--device` asks for, on a GPU the one of this process."""
+    from .loading import choose_device
+
+    choose_gpu()
+    return choose_device(args.device)
 
 
 def choose_gpu() -> None:
@@ -101,8 +111,35 @@ def missing_packages_as_user_errors() -> Iterator[None]:
         raise UserError(f"{error.name} is not installed: pip install 'puma-hub[eval]'") from error
 
 
-def run_evaluation(args: argparse.Namespace, evaluation: "Evaluation", samples: "Samples", model: str) -> None:
-    """Runs, and prints the results if this process is the one that finds all samples done."""
+def check_metrics(metrics: list[str]) -> set[str]:
+    """Raises `UserError` for a metric that is named twice."""
+    if len(set(metrics)) < len(metrics):
+        raise UserError(f"--metrics names one twice: {' '.join(metrics)}")
+    return set(metrics)
+
+
+def draw_benchmark(args: argparse.Namespace, model: ModelSource, data: Path) -> None:
+    """`--benchmark`: draws pictures for a benchmark's own scorer, and prints the folders that it is to be given.
+
+    Raises:
+        UserError: options that only say how pictures are compared.
+    """
+    for name in ("metrics", "template", "split", "clip", "dino", "inception_weights", "lpips_weights", "size"):
+        if getattr(args, name, None) is not None:
+            raise UserError(f"--{name.replace('_', '-')} does nothing with --benchmark, which compares no pictures")
+    with missing_packages_as_user_errors():
+        from diffusers_puma.evaluation import BENCHMARKS, BenchmarkPictures, open_benchmark
+
+        samples = open_benchmark(args.benchmark, data)
+    benchmark = BENCHMARKS[args.benchmark]
+    drawer = load_drawer(args, model, range(benchmark.num_seeds), benchmark.default_scale)
+    is_done = run_evaluation(args, BenchmarkPictures(args.benchmark, drawer, args.out), samples, model.name)
+    for finished in drawer.scales if is_done else []:
+        print(Path(args.out, f"scale_{finished}"))
+
+
+def run_evaluation(args: argparse.Namespace, evaluation: "Evaluation", samples: "Samples", model: str) -> bool:
+    """Runs, and prints the results if this process finds all samples done; whether it does."""
     from diffusers_puma.evaluation import evaluate
 
     from .eval_compare import print_results
@@ -113,3 +150,4 @@ def run_evaluation(args: argparse.Namespace, evaluation: "Evaluation", samples: 
     if file is not None:
         print_results([file])
         print(file)
+    return file is not None

@@ -25,7 +25,7 @@ def add_parser(subparsers) -> None:
         "reconstruction",
         "a folder of pictures (ImageNet's validation set), parquet files or a data set with an image column",
     )
-    add_drawing_options(parser)
+    add_drawing_options(parser, "0 1")
     add_lpips_option(parser)
 
 
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> None:
 
         samples = open_pictures(data, args.split)
         lpips = load_lpips(args.lpips_weights)
-    drawer = load_drawer(args, model)
+    drawer = load_drawer(args, model, (0, 1))
     run_evaluation(args, Reconstruction(drawer, lpips.to(drawer.pipe.device)), samples, model.name)

@@ -78,7 +78,7 @@ def open_captions(path: str | Path, split: str | None = None, template: str | No
 
     Args:
         path: COCO 2014 (a folder with `captions_val2014.json`, there or in `annotations`, and `val2014`), or a table
-            as for `open_pictures` with a column of captions.
+            as for `open_pictures` with a column of captions; its true pictures are in the column `image` or `target`.
         split: of a data set with several.
         template: how a prompt is made of a row's columns, such as `"{name} in {style} style"`; by default it is the
             column `caption`, `prompt` or `text`, of a list its first item.
@@ -113,21 +113,20 @@ def _coco(annotations: Path, pictures: Path) -> Samples:
 
 def _captions_of_table(path: Path, split: str | None, template: str | None) -> Samples:
     table = open_table(path, split)
-    if template is not None:
-        columns = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    if template is None:
+        columns = [_column(table, CAPTION_COLUMNS, path)]
+    else:
+        columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
         for column in columns:
             _column(table, (column,), path)
-    else:
-        columns = [_column(table, CAPTION_COLUMNS, path)]
-    if "image" in table.column_names:
-        columns = [*columns, "image"]
+    picture = next((name for name in ("image", "target") if name in table.column_names), None)
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
-        value = template.format(**row) if template is not None else row[columns[0]]
-        prompt = value if isinstance(value, str) else value[0]
-        return {"prompt": prompt, **({"image": as_rgb(row["image"])} if "image" in row else {})}
+        value = row[columns[0]] if template is None else template.format(**row)
+        sample = {"prompt": value if isinstance(value, str) else value[0]}
+        return sample if picture is None else {**sample, "image": as_rgb(row[picture])}
 
-    samples = _table_samples(table, path, split, read, columns)
+    samples = _table_samples(table, path, split, read, columns if picture is None else [*columns, picture])
     return Samples(samples.ids, samples.read, {**samples.source, "template": template})
 
 
@@ -136,28 +135,26 @@ def open_edits(path: str | Path, split: str | None = None) -> Samples:
     (the true picture) where there are any.
 
     Args:
-        path: a table as for `open_pictures` with the columns of the Emu-Edit test set, of which `image` and
-            `instruction` are needed, `output_caption` is the target's caption, and `target` its picture if there is
-            such a column.
+        path: a table as for `open_pictures` with the columns of the Emu-Edit test set: `image`, `instruction` (or
+            `prompt`) and `output_caption`, the target's caption; or with `target`, its picture.
         split: of a data set with several.
     """
     path = Path(path)
     if not _is_table(path):
         raise ValueError(f"{path} is no data set of edits: expected parquet files or a folder of save_to_disk")
     table = open_table(path, split)
-    for column in ("image", "instruction"):
-        _column(table, (column,), path)
+    image, prompt = _column(table, ("image",), path), _column(table, ("instruction", "prompt"), path)
+    optional = [name for name in ("output_caption", "target") if name in table.column_names]
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
-        sample = {"image": as_rgb(row["image"]), "prompt": row["instruction"]}
+        sample = {"image": as_rgb(row[image]), "prompt": row[prompt]}
         if "output_caption" in row:
             sample["caption"] = row["output_caption"]
         if "target" in row:
             sample["target"] = as_rgb(row["target"])
         return sample
 
-    columns = [n for n in ("image", "instruction", "output_caption", "target") if n in table.column_names]
-    return _table_samples(table, path, split, read, columns)
+    return _table_samples(table, path, split, read, [image, prompt, *optional])
 
 
 def open_table(path: Path, split: str | None):

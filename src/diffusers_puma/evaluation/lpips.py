@@ -56,7 +56,8 @@ def load_lpips(weights: str | Path | None = None) -> torch.nn.Module:
         state = load_file(file) if file.suffix == ".safetensors" else read_distribution(file)
         network.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{file} does not hold the LPIPS weights of AlexNet: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} does not hold the LPIPS weights of AlexNet: {reason}") from error
     return network
 
 

@@ -1,11 +1,13 @@
 """Real classes with random weights; LPIPS weights in the archive's own format."""
 
 import io
+import json
 import pickle
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 
@@ -49,3 +51,17 @@ def distribution(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def lpips(distribution) -> torch.nn.Module:
     return load_lpips(distribution)
+
+
+@pytest.fixture(scope="session")
+def clip_name(tmp_path_factory) -> str:
+    """A tiny CLIP of open_clip's, as `ARCH/FILE`."""
+    folder = tmp_path_factory.mktemp("clip")
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    (folder / "puma-test-clip.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(folder / "puma-test-clip.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("puma-test-clip")
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return f"puma-test-clip/{folder / 'weights.pt'}"

@@ -1,0 +1,144 @@
+"""Where a model loses quality: in the decoder's VAE, in encoder and decoder, in regression, or in drift.
+
+For a prompt with a true picture there are three sets of features at each scale, each decoded from the same noise:
+
+    truth   the encoder's, of the true picture
+    forced  what the language model predicts of each feature from the true ones before it (teacher forcing)
+    free    what it predicts from its own predictions, as in use
+
+What the row "vae" lacks of the picture is lost in the VAE; from there to psnr_truth the scale and its decoder lose it;
+from psnr_truth to psnr_forced the prediction does; from psnr_forced to psnr_free the errors that it feeds on. Text to
+image has no single truth: nmse near 1 is the rule where a caption leaves much open.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from transformers_puma import flatten_scales
+from transformers_puma.evaluation.runner import (
+    ArrayFile,
+    Row,
+    bootstrap_mean,
+    read_arrays,
+    sample_seed,
+)
+from transformers_puma.evaluation.teacher_forcing import teacher_forced_features
+
+from ..feature_stage import Features
+from ..loading import bring_in
+from .drawing import Drawer
+from .lpips import lpips_distance
+from .pictures import as_square, psnr, to_tensor
+
+VAE = "vae"
+STAGES = ("truth", "forced", "free")
+# Pairs of stages whose squared error is measured: what was predicted, and what it should be.
+ERRORS = {"forced": ("forced", "truth"), "free": ("free", "truth"), "drift": ("free", "forced")}
+
+
+class FeatureErrors:
+    """Errors of features and of what is decoded from them, at every scale of a `Drawer`; of its first seed.
+
+    nmse_forced, nmse_free: squared error against the truth, in units of the variance of true features over the data
+        (1 is what predicting their mean would give).
+    nmse_drift: squared error of free against forced features, in the same unit.
+    psnr_X, lpips_X: of the picture decoded from stage X against the true picture.
+
+    folder: of the run, where mean features are kept.
+    """
+
+    task = "features"
+
+    def __init__(self, drawer: Drawer, folder: str | Path, lpips: torch.nn.Module) -> None:
+        self.drawer, self.folder, self.lpips = drawer, Path(folder), lpips
+        self._arrays = ArrayFile(folder)
+
+    def settings(self) -> dict[str, Any]:
+        return self.drawer.settings()
+
+    def __call__(self, samples: list[dict[str, Any]]) -> list[Row]:
+        """Samples with `id`, `prompt` and `image`, the true picture; edits with `image`, the source, and `target`."""
+        prompts = [sample["prompt"] for sample in samples]
+        is_edit = "target" in samples[0]
+        targets = [sample["target" if is_edit else "image"] for sample in samples]
+        sources = [[sample["image"]] for sample in samples] if is_edit else None
+        ids = [sample["id"] for sample in samples]
+
+        stages = self._features(ids, prompts, sources, targets)
+        truth = to_tensor([as_square(target, self.drawer.size) for target in targets])
+        rows = [{"id": i, "scores": {VAE: scores}} for i, scores in zip(ids, self._vae(targets, truth), strict=True)]
+        coarsest = stages["truth"][max(stages["truth"])].float().mean(1).cpu()
+        for row, mean in zip(rows, coarsest, strict=True):
+            row["mean"] = self._arrays.append(mean.numpy())
+        pictures = {name: self.drawer.draw(ids, image_features=features) for name, features in stages.items()}
+        for scale in self.drawer.scales:
+            scores = _squared_errors({name: features[scale].float() for name, features in stages.items()})
+            for name in STAGES:
+                drawn = to_tensor([group[0] for group in pictures[name][scale]])
+                scores[f"psnr_{name}"] = psnr(truth, drawn).tolist()
+                scores[f"lpips_{name}"] = lpips_distance(self.lpips, truth, drawn).tolist()
+            for index, row in enumerate(rows):
+                row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
+        return rows
+
+    def _features(
+        self,
+        ids: list[int | str],
+        prompts: list[str],
+        sources: list[list[Image.Image]] | None,
+        targets: list[Image.Image],
+    ) -> dict[str, Features]:
+        """The three stages, each `{scale: (B, k, C)}`; features that are samples share their noise."""
+        pipe, model = self.drawer.pipe, self.drawer.pipe.mllm
+        truth = pipe.encode_image(targets)
+        inputs = pipe.processor.prepare_generation(prompts, sources).to(bring_in(pipe, model))
+        seeds = [sample_seed(self.drawer.seeds[0], i) for i in ids]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        free = pipe.generate_image_features(prompts, sources, min(self.drawer.scales), generators)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = model._feature_noise(len(prompts), 0, generators, model.device)
+        forced = teacher_forced_features(model, **inputs, target_features=flatten_scales(truth), noise=noise)
+        return {"truth": truth, "forced": forced, "free": free}
+
+    @torch.no_grad()
+    def _vae(self, targets: list[Image.Image], truth: torch.Tensor) -> list[dict[str, float]]:
+        """What is left of the true pictures after the VAE alone, at the size that the decoders draw."""
+        pipe = self.drawer.pipe
+        unet = getattr(pipe, f"unet_{min(self.drawer.scales)}")
+        size = unet.config.sample_size * pipe.vae_scale_factor
+        pixels = 2 * to_tensor([as_square(target, size) for target in targets]) - 1
+        device = bring_in(pipe, pipe.vae)
+        latents = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).latent_dist.mode()
+        decoded = pipe.decode_latents(latents * pipe.vae.config.scaling_factor)
+        pictures = pipe.image_processor.postprocess(decoded, "pil")
+        drawn = to_tensor([as_square(picture, self.drawer.size) for picture in pictures])
+        pairs = zip(psnr(truth, drawn).tolist(), lpips_distance(self.lpips, truth, drawn).tolist(), strict=True)
+        return [{"psnr": decibel, "lpips": distance} for decibel, distance in pairs]
+
+    def scores(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
+        # Pooling keeps the mean over a picture, so that it is the same at every scale.
+        mean = read_arrays(self.folder, [row["mean"] for row in rows]).mean(0, dtype=np.float64)
+        table = {}
+        for name in [VAE, *map(str, sorted(self.drawer.scales))]:
+            values = {key: np.array([row["scores"][name][key] for row in rows]) for key in rows[0]["scores"][name]}
+            if name != VAE:
+                variance = values.pop("power").mean() - np.square(mean).mean()
+                values = {
+                    key.replace("mse_", "nmse_"): value / variance if key.startswith("mse_") else value
+                    for key, value in values.items()
+                }
+            table[name] = {key: bootstrap_mean(value) for key, value in values.items()}
+        return table
+
+
+def _squared_errors(features: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Of stages (B, k, C): for each sample the mean squared errors, and of the truth the mean square ("power")."""
+    errors = {
+        f"mse_{name}": (features[given] - features[expected]).square().mean((1, 2)).tolist()
+        for name, (given, expected) in ERRORS.items()
+    }
+    return {"power": features["truth"].square().mean((1, 2)).tolist(), **errors}
