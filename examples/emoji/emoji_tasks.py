@@ -48,9 +48,9 @@ class TaskMix:
         scenes: share of composed pictures in drawing, describing and asking.
     """
 
-    kinds: tuple[float, ...] = (0.74, 0.03, 0.10, 0.08, 0.05)
-    finest_scale: tuple[float, ...] = (0.05, 0.15, 0.80, 0.0, 0.0)
-    finest_scale_edits: tuple[float, ...] = (0.15, 0.35, 0.50, 0.0, 0.0)
+    kinds: tuple[float, ...] = (0.66, 0.02, 0.14, 0.11, 0.07)
+    finest_scale: tuple[float, ...] = (0.08, 0.17, 0.75, 0.0, 0.0)
+    finest_scale_edits: tuple[float, ...] = (0.25, 0.35, 0.40, 0.0, 0.0)
     scenes: float = 0.35
 
 

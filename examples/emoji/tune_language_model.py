@@ -2,8 +2,7 @@
 
     python examples/emoji/tune_language_model.py --pretrained runs/emoji/mllm --out runs/emoji/mllm_tuned
 
-Pretraining weighs text by the report's 0.02. In a run as short as the small model's that leaves answers untrained, so
-here text weighs as much as pictures.
+Also how a model is tuned to read some scales only (report table 5): `--input_scales 4 3`.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from transformers_puma.training import PumaTrainingArguments
 
 PRESETS = {
     "cpu": dict(
-        max_steps=450, per_device_train_batch_size=32, learning_rate=6e-4, warmup_steps=20, save_steps=50, **COMMON
+        max_steps=350, per_device_train_batch_size=32, learning_rate=4e-4, warmup_steps=20, save_steps=50, **COMMON
     ),
     "gpu": dict(
         max_steps=10000,
@@ -31,7 +30,6 @@ PRESETS = {
     ),
 }
 MIX = TaskMix(kinds=(0.25, 0.05, 0.45, 0.15, 0.10))
-TEXT_LOSS_WEIGHT = 1.0
 
 
 @dataclass
@@ -48,7 +46,7 @@ def main() -> None:
     # Other rows than in pretraining.
     arguments.seed += 1
     torch.manual_seed(arguments.seed)
-    model = PumaForConditionalGeneration.from_pretrained(options.pretrained, text_loss_weight=TEXT_LOSS_WEIGHT)
+    model = PumaForConditionalGeneration.from_pretrained(options.pretrained)
     processor = PumaProcessor.from_pretrained(options.pretrained)
     train(model, processor, stage, arguments, options, MIX)
 
