@@ -53,8 +53,8 @@ def find_files(paths: Paths, patterns: Sequence[str], seed: int | None = None) -
 
 
 def webdataset_stream(files: Sequence[str]) -> IterableDataset:
-    """Records of tars: `__key__`, `__url__`, undecoded pictures (`jpg`, `png`, `webp`), `txt` and `json`; None for what
-    a sample does not have."""
+    """Records of tars: `__key__`, `__url__`, undecoded pictures (`jpg`, `png`, `webp`), `txt` and `json`; None for
+    what a sample does not have."""
     images = {extension: Image(decode=False) for extension in ("jpg", "png", "webp")}
     texts = {"txt": Value("string"), "json": Json(), "__key__": Value("string"), "__url__": Value("string")}
     # Given the features, the builder does not demand that the first samples of a tar all have the same members.
