@@ -35,6 +35,7 @@ MIX = TaskMix(kinds=(0.25, 0.05, 0.45, 0.15, 0.10))
 @dataclass
 class TuningArguments(CachedData):
     pretrained: str = field(default="runs/emoji/mllm", metadata={"help": "the model to start from"})
+    input_scales: list[int] | None = field(default=None, metadata={"help": "scales to read of a picture (all)"})
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     # Other rows than in pretraining.
     arguments.seed += 1
     torch.manual_seed(arguments.seed)
-    model = PumaForConditionalGeneration.from_pretrained(options.pretrained)
+    model = PumaForConditionalGeneration.from_pretrained(options.pretrained, input_scales=options.input_scales)
     processor = PumaProcessor.from_pretrained(options.pretrained)
     train(model, processor, stage, arguments, options, MIX)
 
