@@ -33,6 +33,7 @@ class Bench:
 
     folder: where finished samples are kept, one folder a part.
     settings: what decides all numbers, beside a part's own.
+    lpips_weights: of `load_lpips`.
     """
 
     pipe: PumaPipeline
@@ -40,15 +41,16 @@ class Bench:
     pictures: dict[str, EmojiPictures]
     folder: Path
     settings: dict
+    lpips_weights: Path | None = None
 
     @cached_property
     def lpips(self) -> torch.nn.Module:
-        return load_lpips()
+        return load_lpips(self.lpips_weights)
 
     @cached_property
     def lpips_of_places(self) -> torch.nn.Module:
         """LPIPS before it is averaged over a picture: (B, 1, H, W)."""
-        network = load_lpips()
+        network = load_lpips(self.lpips_weights)
         network.spatial = True
         return network
 

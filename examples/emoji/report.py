@@ -3,8 +3,8 @@
     python examples/emoji/report.py --model hub_configs/puma-emoji --out runs/emoji/report
 
 Writes `report.json`, `report.md` and PNG files into `--out`. Each finished sample is kept there, so the same command
-goes on where it was stopped, and a larger `--count` adds to a smaller one; another model or judge needs another folder.
-What starts from pictures alone (reconstruction) also works on other data, such as that of build_stamps.py.
+goes on where it was stopped, and a larger `--count` adds to a smaller one; another model or judge needs another
+folder. What starts from pictures alone (reconstruction) also works on other data, such as that of build_stamps.py.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def parts(bench: Bench, tasks, count: int) -> dict:
         todo["scenes"] = lambda: report_scenes.run(bench, tasks["prompts"], half)
         todo["edits"] = lambda: report_edits.run(bench, "edits", tasks["edits"], quarter)
         todo["conditions"] = lambda: report_edits.run(bench, "conditions", tasks["conditions"], quarter)
-        todo["questions"] = lambda: report_questions.run(bench, tasks["questions"], count)
+        todo["questions"] = lambda: report_questions.run(bench, tasks, half)
     return todo
 
 
@@ -67,6 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=Path, default=Path("data/emoji-evaluation"), help="of emoji_evaluation.py")
     parser.add_argument("--judge", type=Path, default=Path("runs/emoji/judge"), help="of train_judge.py")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/report"))
+    parser.add_argument("--lpips-weights", type=Path, help="AlexNet's, default those that load_lpips downloads once")
     parser.add_argument("--count", type=int, default=64, help="held-out samples of a part")
     return parser.parse_args(argv)
 
@@ -85,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {"num_inference_steps": pipe.config.default_num_inference_steps}
     if from_words:
         settings |= {"judge": fingerprint(arguments.judge), "tasks": fingerprint(arguments.tasks)}
-    bench = Bench(pipe, judge and judge.to(device), pictures, arguments.out / "samples", settings)
+    judge = judge and judge.to(device)
+    bench = Bench(pipe, judge, pictures, arguments.out / "samples", settings, arguments.lpips_weights)
 
     results, seconds = {}, {}
     for name, measure in parts(bench, tasks, arguments.count).items():

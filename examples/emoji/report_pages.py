@@ -142,14 +142,16 @@ def scenes(result: dict) -> str:
     return f"{result['samples']} scenes of compositions that no training saw.\n\n" + table_of(table, columns)
 
 
+EDIT_COLUMNS = {
+    "psnr_kept": ("PSNR of what stays", 2),
+    "lpips_kept": ("LPIPS of what stays", 3),
+    "similarity_to_target": ("similarity to the true result", 3),
+    "nearer_to_target": ("nearer to it than to the source", 3),
+    "changed_as_asked": ("changed as asked", 3),
+}
+
+
 def edits(result: dict) -> str:
-    columns = {
-        "psnr_kept": ("PSNR of what stays", 2),
-        "lpips_kept": ("LPIPS of what stays", 3),
-        "similarity_to_target": ("similarity to the true result", 3),
-        "nearer_to_target": ("nearer to it than to the source", 3),
-        "changed_as_asked": ("changed as asked", 3),
-    }
     flat = {
         f"{type}, {label}" if label != "source" else f"{type}, source": scores
         for type, table in result["types"].items()
@@ -158,7 +160,7 @@ def edits(result: dict) -> str:
     text = (
         f"{result['samples']} tasks on concepts that no training saw. What stays: drawn pixels in which the true "
         "result equals the source. Source: what doing nothing scores.\n\n"
-        + table_of({f"all, {label}": scores for label, scores in result["table"].items()} | flat, columns)
+        + table_of({f"all, {label}": scores for label, scores in result["table"].items()} | flat, EDIT_COLUMNS)
     )
     fine, coarse = (result["table"][f"scale {scale}"].get("psnr_kept") for scale in (0, 1))
     if fine and coarse:
@@ -197,9 +199,10 @@ def write_page(results: dict, settings: dict, plots: dict[str, str]) -> str:
     if "judge on real pictures" in settings:
         real = settings["judge on real pictures"]["heldout_pair"]
         pieces.append(
-            "The judge never met the model. The ceiling of its scores is what it makes of real pictures of unseen pairs: "
-            f"of {settings['judge on real pictures']['concepts']} concepts it puts {real['concept_top1']:.1%} first and "
-            f"{real['concept_top5']:.1%} among the first five, and it tells {real['style']:.1%} of the styles."
+            "The judge never met the model. The ceiling of its scores is what it makes of real pictures of unseen "
+            f"pairs: of {settings['judge on real pictures']['concepts']} concepts it puts the right one first for "
+            f"{real['concept_top1']:.1%} of them and among the first five for {real['concept_top5']:.1%}, and it "
+            f"tells the style of {real['style']:.1%}."
         )
     for part, (title, section) in SECTIONS.items():
         if part not in results:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from measuring import SHOWN, Bench, averages, numbered, to_pixels
 from report_edits import in_turn
 
@@ -27,7 +27,7 @@ def overlap(first: Box, second: Box) -> float:
 def answers(bench: Bench, rows: Dataset) -> list[str]:
     """What the model says, greedily. A box of the true answer is no part of the question."""
     pipe = bench.pipe
-    boxes = [row["boxes"] if BOX_MARK in row["question"] else None for row in rows.remove_columns("image")]
+    boxes = [[row["box"]] if BOX_MARK in row["question"] else None for row in rows.remove_columns("image")]
     inputs = pipe.processor.prepare_question(list(rows["question"]), [[image] for image in rows["image"]], boxes)
     sequences = pipe.mllm.generate(**inputs.to(pipe.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     return pipe.processor.decode_answers(sequences, inputs["input_ids"].shape[1])
@@ -38,7 +38,7 @@ def is_right(bench: Bench, answer: str, row: dict, size: tuple[int, int]) -> boo
     if row["answer"] != BOX_MARK:
         return answer == row["answer"]
     found = bench.pipe.processor.parse_boxes(answer, size)
-    return bool(found) and overlap(found[0], row["boxes"][0]) >= HIT
+    return bool(found) and overlap(found[0], row["box"]) >= HIT
 
 
 def measure(bench: Bench, rows: Dataset, samples: list[dict]) -> list[dict]:
@@ -48,7 +48,7 @@ def measure(bench: Bench, rows: Dataset, samples: list[dict]) -> list[dict]:
     for sample, image in zip(samples, images, strict=True):
         bench.keep(PART, sample, image=to_pixels([image])[0])
     return [
-        {"type": row["type"], "answer": answer, "scores": {"model": {"right": float(right)}}}
+        {"type": row["question_type"], "answer": answer, "scores": {"model": {"right": float(right)}}}
         for row, answer, right in zip(
             described,
             said,
@@ -65,20 +65,22 @@ def most_frequent(rows: list[dict]) -> float:
     """Share that the best constant answer gets: for words the most frequent, for boxes the middle one."""
     if rows[0]["answer"] != BOX_MARK:
         return Counter(row["answer"] for row in rows).most_common(1)[0][1] / len(rows)
-    boxes = torch.tensor([row["boxes"][0] for row in rows]).float()
+    boxes = torch.tensor([row["box"] for row in rows]).float()
     middle = boxes.median(dim=0).values.tolist()
     return sum(overlap(middle, box) >= HIT for box in boxes.tolist()) / len(rows)
 
 
-def run(bench: Bench, rows: Dataset, per_type: int) -> dict:
-    samples = numbered([{"row": row} for row in in_turn(list(rows["type"]), per_type)])
+def run(bench: Bench, tasks: DatasetDict, per_type: int) -> dict:
+    """`tasks`: of emoji_evaluation.py; `box` is None for a question without one."""
+    rows = concatenate_datasets([tasks["questions"], tasks["boxes"]])
+    samples = numbered([{"row": row} for row in in_turn(list(rows["question_type"]), per_type)])
     measured = bench.run(PART, samples, lambda batch: measure(bench, rows, batch))
     asked = rows.select([sample["row"] for sample in samples]).remove_columns("image").to_list()
     types = {}
-    for type in dict.fromkeys(row["type"] for row in asked):
+    for type in dict.fromkeys(row["question_type"] for row in asked):
         own = [row for row in measured if row["type"] == type]
         types[type] = averages(own)["model"]["right"] | {
-            "most frequent answer": most_frequent([row for row in asked if row["type"] == type])
+            "most frequent answer": most_frequent([row for row in asked if row["question_type"] == type])
         }
     examples = [
         f"{row['question']} - {said['answer']} ({row['answer']})"
