@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 
 from .granularity import scale_of_position
 
@@ -66,6 +66,7 @@ def blockwise_causal_mask(
     Args:
         config: of the language model.
         attention_mask: (B, T with cache), what is no padding.
+        position_ids: (B, T); without mask and cache, where they start anew a packed row begins that sees no other.
         blocks: (B, T) long; -1 is no block.
 
     Raises:
@@ -87,13 +88,22 @@ def blockwise_causal_mask(
     def same_block(batch, head, query, key):
         return (blocks[batch, query] == blocks[batch, key]) & (blocks[batch, query] >= 0)
 
+    # Packed rows: `create_causal_mask` would hand positions within a row, not in the sequence, to `same_block`.
+    packed_row = None
+    if position_ids is not None and attention_mask is None and past_key_values is None:
+        packed_row = find_packed_sequence_indices(position_ids)
+
+    def same_row(batch, head, query, key):
+        return packed_row[batch, query] == packed_row[batch, key]
+
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        position_ids=position_ids,
+        position_ids=None,
         or_mask_function=same_block,
+        and_mask_function=same_row if packed_row is not None else None,
     )
 
 

@@ -32,7 +32,8 @@ class PumaDataCollator:
         tokens_per_scale: the model's, `config.tokens_per_scale`; only rows with `finest_scale` need it.
         max_length: longer rows are cut; None keeps them whole.
         packing: the rows of a batch form one sequence without padding. Position ids start anew with each row; this is
-            what tells transformers, in the absence of an attention mask, that no row sees another.
+            what tells transformers, in the absence of an attention mask and of a cache (`use_cache=False`, as the
+            trainers have it), that no row sees another.
         assistant_only_loss: False supervises everything in a conversation `messages`.
 
     A call returns `input_ids` and `labels` (B, T), and `attention_mask` (B, T), padded on the right, or with packing

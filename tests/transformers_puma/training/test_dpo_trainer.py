@@ -1,0 +1,113 @@
+import pytest
+import torch
+from datasets import IterableDataset
+from torch.nn import functional as F
+
+from transformers_puma.training import PumaDPOConfig, PumaDPOTrainer, puma_lora_config
+
+from ..conftest import make_model, make_picture
+
+BETA = 0.3
+
+
+def make_rows() -> list[dict]:
+    answers = [("a cat", "no"), ("red", "something else"), ("two", "2"), ("hello", "bye")]
+    rows = [
+        {"prompt": "<image>what?", "chosen": chosen, "rejected": rejected, "images": [make_picture(i)]}
+        for i, (chosen, rejected) in enumerate(answers[:2])
+    ]
+    for chosen, rejected in answers[2:]:
+        said = {name: [{"role": "assistant", "content": text}] for name, text in (("c", chosen), ("r", rejected))}
+        question = [{"role": "user", "content": "say it"}]
+        rows.append({"prompt": question, "chosen": said["c"], "rejected": said["r"]})
+    return rows
+
+
+def make_trainer(processor, folder, model, ref_model=None, peft_config=None, **kwargs) -> PumaDPOTrainer:
+    options = dict(
+        max_steps=1,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        beta=BETA,
+    )
+    return PumaDPOTrainer(
+        model,
+        ref_model,
+        PumaDPOConfig(str(folder), **{**options, **kwargs}),
+        train_dataset=IterableDataset.from_generator(lambda: iter(make_rows())),
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+
+
+def log_probability(model, processor, row, answer) -> torch.Tensor:
+    """Of one answer, without padding, token by token."""
+    if isinstance(row["prompt"], str):
+        prompt = processor.bos_ids + processor.image_ids + processor.encode_plain("what?")
+        written = [*processor.encode_plain(row[answer]), processor.tokenizer.eos_token_id]
+    else:
+        chat = processor.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        prompt = processor.tokenizer.encode(chat, add_special_tokens=False)
+        written = [*processor.encode_plain(f" {row[answer][0]['content']}"), processor.tokenizer.eos_token_id]
+    pixels = {}
+    if "images" in row:
+        pixels = {"pixel_values": processor.image_processor(row["images"], return_tensors="pt")["pixel_values"]}
+    logits = model(input_ids=torch.tensor([prompt + written]), **pixels).logits[0]
+    scores = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return sum(scores[i, token] for i, token in enumerate(written))
+
+
+def history(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@torch.no_grad()
+def test_the_loss_is_that_of_the_paper(processor, tmp_path, accumulation):
+    """-log sigmoid(beta (log pi(w) / ref(w) - log pi(l) / ref(l))), averaged over pairs: equation 7."""
+    model, ref_model = make_model(processor), make_model(processor)
+    for parameter in ref_model.model.language_model.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for row in make_rows():
+        ratios = [
+            log_probability(model, processor, row, answer) - log_probability(ref_model, processor, row, answer)
+            for answer in ("chosen", "rejected")
+        ]
+        losses.append(-F.logsigmoid(BETA * (ratios[0] - ratios[1])))
+    assert max(abs(loss - torch.log(torch.tensor(2.0))) for loss in losses) > 0.05
+
+    head, reference = model.image_head.weight.clone(), [parameter.clone() for parameter in ref_model.parameters()]
+    options = dict(per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation)
+    trainer = make_trainer(processor, tmp_path, model, ref_model, projector_learning_rate=0.5, **options)
+    with torch.enable_grad():
+        trainer.train()
+    assert history(trainer, "loss") == pytest.approx([torch.stack(losses).mean().item()], rel=1e-4)
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2, 0.5}
+    assert torch.equal(model.image_head.weight, head)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(ref_model.parameters(), reference, strict=True))
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_answers_that_are_preferred_become_likelier(processor, tmp_path, peft):
+    """The reference is the model as it was: the first loss is log 2, and margins grow from zero."""
+    model = make_model(processor)
+    adapter = puma_lora_config(model, [], r=4, modules_to_save=["projector"]) if peft else None
+    trainer = make_trainer(processor, tmp_path, model, peft_config=adapter, max_steps=6)
+    trainer.train()
+    assert history(trainer, "loss")[0] == pytest.approx(0.6931, abs=1e-4)
+    margins = history(trainer, "rewards/margins")
+    assert margins[0] == pytest.approx(0, abs=1e-5) and margins[-1] > 0.2
+
+
+def test_what_is_refused(processor, tmp_path):
+    with pytest.raises(ValueError, match="does not support precompute_ref_log_probs=True"):
+        PumaDPOConfig(str(tmp_path), use_cpu=True, bf16=False, precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="args must be a PumaDPOConfig"):
+        PumaDPOTrainer(make_model(processor), args=object(), processing_class=processor)

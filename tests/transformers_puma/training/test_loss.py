@@ -1,0 +1,148 @@
+"""The loss that trainers minimise, against a plain formula, and what must not change it."""
+
+import pytest
+import torch
+
+from transformers_puma.training import PumaDataCollator, PumaTrainer, PumaTrainingArguments
+
+from ..conftest import make_model, make_picture
+
+ALPHA = {2: 64, 1: 8, 0: 1}
+
+
+def make_rows() -> list[dict]:
+    pictures = [make_picture(i) for i in range(6)]
+    return [
+        {"prompt": "a cat", "completion": "<image>", "images": pictures[:1]},
+        {"prompt": "<image>red", "completion": "<image>", "images": pictures[1:3]},
+        {"prompt": "<image>", "completion": "some words " * 5, "images": pictures[3:4]},
+        {"text": "all of it"},
+        {"text": "here <image> and there <image>", "images": pictures[4:]},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a dog", "completion": "<image>", "images": pictures[:1], "finest_scale": 1},
+        {"text": "x"},
+    ]
+
+
+@torch.no_grad()
+def plain_loss(model, collator, rows) -> float:
+    """0.02 times the mean over text tokens, plus the mean over image tokens (report equation 2); row by row."""
+    texts, images = [], []
+    for row in rows:
+        batch = collator([row])
+        labels, targets = batch.pop("labels")[0], batch.pop("image_loss_mask", None)
+        ids = batch["input_ids"][0]
+        outputs = model.model(**batch)
+        states = outputs.last_hidden_state[0]
+        image, offset = -1, 0
+        for t in range(1, len(ids)):
+            if labels[t] != -100:
+                texts.append(-(model.lm_head.weight @ states[t - 1]).log_softmax(0)[labels[t]])
+            if ids[t] == model.config.image_token_id:
+                offset = offset + 1 if ids[t - 1] == model.config.image_token_id else 0
+                image += offset == 0
+                if targets[image]:
+                    predicted = model.image_head.weight @ states[t - 1] + model.image_head.bias
+                    scale = 2 if offset < 1 else 1 if offset < 1 + 4 else 0
+                    error = (predicted - outputs.image_features[image, offset]).square().mean()
+                    images.append(ALPHA[scale] * error)
+    return (0.02 * torch.stack(texts).mean() + torch.stack(images).mean()).item()
+
+
+def train(processor, folder, rows, **kwargs) -> PumaTrainer:
+    options = dict(
+        max_steps=1,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+    )
+    arguments = PumaTrainingArguments(str(folder), **{**options, **kwargs})
+    trainer = PumaTrainer(make_model(processor), arguments, processing_class=processor, train_dataset=rows)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_loss_is_that_of_the_report(processor, tmp_path, accumulation, packing):
+    model = make_model(processor)
+    expected = plain_loss(model, PumaDataCollator(processor, model.config.tokens_per_scale), make_rows())
+    options = dict(per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)
+    trainer = train(processor, tmp_path, make_rows(), packing=packing, **options)
+    assert losses(trainer) == pytest.approx([expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("image_decoding", ["autoregressive", "next_scale"])
+def test_packed_gradients_are_those_of_padded_rows(processor, attention, image_decoding):
+    model = make_model(processor, image_decoding=image_decoding).train()
+    model.set_attn_implementation(attention)
+    model.model.vision_tower.requires_grad_(False)
+    found = {}
+    for packing in (False, True):
+        model.zero_grad()
+        batch = PumaDataCollator(processor, model.config.tokens_per_scale, packing=packing)(make_rows())
+        outputs = model(**batch, use_cache=False)
+        outputs.loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+        found[packing] = [outputs.loss.detach(), outputs.scale_losses, *gradients]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
+    batch.pop("position_ids")
+    assert abs(model(**batch, use_cache=False).loss.item() / found[True][0].item() - 1) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 1e-6),
+        ({"bf16": True}, 2e-2),
+        ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-5),
+    ],
+)
+def test_what_saves_memory_or_time_changes_only_rounding(processor, tmp_path, options, tolerance):
+    rows = make_rows()[:4]
+    plain = train(processor, tmp_path, rows, max_steps=2, per_device_train_batch_size=4)
+    other = train(processor, tmp_path, rows, max_steps=2, per_device_train_batch_size=4, **options)
+    assert losses(other) == pytest.approx(losses(plain), rel=tolerance)
+
+
+@pytest.mark.parametrize("image_head", ["regression", "flow"])
+@pytest.mark.parametrize("image_decoding", ["autoregressive", "next_scale"])
+@pytest.mark.parametrize("row", [3, 2])
+def test_every_module_of_images_runs_in_every_batch(processor, image_head, image_decoding, row):
+    """In batches of text alone, and of images that are only read: sharded training would wait for ever otherwise."""
+    model = make_model(processor, image_decoding=image_decoding, image_head=image_head).train()
+    model.model.vision_tower.requires_grad_(False)
+    seen = []
+    model.model.vision_tower.register_forward_hook(lambda *_: seen.append(True))
+    model(**PumaDataCollator(processor)([make_rows()[row]])).loss.backward()
+    assert seen
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+    assert all(not parameter.grad.any() for parameter in model.image_head.parameters())
+    assert row == 2 or not model.model.projector.weight.grad.any()
+
+
+def test_several_gpus_in_one_process(processor, tmp_path):
+    arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="one process sees 2 GPUs.*torchrun"):
+        PumaTrainer(make_model(processor), arguments, processing_class=processor)
+
+
+def test_what_has_no_part_in_the_loss(processor, tmp_path):
+    arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        PumaTrainer(make_model(processor), arguments, processing_class=processor)
+    with pytest.raises(ValueError, match="dispatch_batches=True"):
+        PumaTrainingArguments(str(tmp_path), use_cpu=True, accelerator_config={"dispatch_batches": True})
