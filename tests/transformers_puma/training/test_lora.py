@@ -1,9 +1,9 @@
-"""An adapter alone: saved, loaded, merged, switched."""
+"""LoRA on the language model: the adapter alone is trained, saved, loaded, merged and switched."""
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from transformers_puma import PumaForConditionalGeneration
 from transformers_puma.training import (
@@ -16,80 +16,144 @@ from transformers_puma.training import (
 
 from ..conftest import TEXT, make_model, make_picture
 
-ROW = {"prompt": "a cat <image>", "completion": "here <image>", "images": [make_picture(0), make_picture(1)]}
-
 
 @pytest.fixture(scope="module")
-def adapters(processor, tmp_path_factory):
-    """Two adapters of one base, trained for a few steps, with the losses that they reach on `ROW`."""
-    folders = {}
-    for i, rate in enumerate((1e-2, 3e-2)):
-        folder = tmp_path_factory.mktemp("adapter")
-        base = make_model(processor)
-        model = get_peft_model(base, puma_lora_config(base, puma_token_ids(processor), r=2))
-        arguments = PumaTrainingArguments(
-            str(folder),
-            max_steps=2 + i,
-            learning_rate=rate,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = PumaTrainer(model, arguments, data_collator=PumaDataCollator(processor), train_dataset=[ROW] * 8)
-        trainer.train()
-        trainer.save_model()
-        folders[folder] = outputs(model, processor)
-    return folders
+def rows():
+    drawn = {"prompt": "a picture", "completion": "<image>", "images": [make_picture(0)]}
+    return [
+        drawn,
+        {"prompt": "<image>", "completion": "a <box>", "images": [make_picture(1)], "boxes": [(1, 1, 9, 9)]},
+    ]
+
+
+def train(processor, rows, folder, tied: bool = True, seed: int = 0, **options) -> PeftModel:
+    model = make_model(processor, text_config={**TEXT, "tie_word_embeddings": tied})
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, puma_lora_config(model, puma_token_ids(processor), r=2, **options))
+    arguments = PumaTrainingArguments(
+        str(folder),
+        max_steps=2,
+        learning_rate=0.05,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = PumaTrainer(adapted, arguments, processing_class=processor, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    return trainer.model.eval()
 
 
 @torch.no_grad()
-def outputs(model, processor) -> list[torch.Tensor]:
-    """Logits and losses, which depend on all that an adapter may hold."""
-    model.eval()
-    batch = PumaDataCollator(processor)([ROW])
-    result = model(**batch)
-    return [result.logits, result.text_loss, result.image_loss]
+def outputs(model, processor, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and losses of both heads."""
+    found = model(**PumaDataCollator(processor)(rows))
+    return found.logits, torch.stack([found.text_loss, found.image_loss])
 
 
-def assert_same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_adapter_alone_is_saved_and_is_all_that_changed(processor, rows, tmp_path, tied):
+    text_config = {**TEXT, "tie_word_embeddings": tied}
+    start = make_model(processor, text_config=text_config)
+    trained = train(processor, rows, tmp_path, tied)
+    for name, parameter in start.named_parameters():
+        kept = dict(trained.get_base_model().named_parameters())
+        found = next(kept[key] for key in kept if same_name(key, name))
+        assert torch.equal(found, parameter), name
+
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(value.numel() for value in saved.values()) == trained.num_parameters(only_trainable=True)
+    assert any("image_head" in name for name in saved) and any("projector" in name for name in saved)
+    assert not any("vision_tower" in name for name in saved)
+    tokens = [value for name, value in saved.items() if "trainable_tokens" in name]
+    assert [value.shape[0] for value in tokens] == [227] * (1 if tied else 2)
+
+    loaded = PeftModel.from_pretrained(make_model(processor, text_config=text_config), tmp_path).eval()
+    expected = outputs(trained, processor, rows)
+    torch.testing.assert_close(outputs(loaded, processor, rows), expected)
+    plain = outputs(make_model(processor, text_config=text_config), processor, rows)
+    assert not torch.allclose(plain[0], expected[0]) and not torch.allclose(plain[1], expected[1])
 
 
-def test_an_adapter_holds_nothing_of_the_encoder_or_of_other_tokens(adapters, processor):
-    for folder in adapters:
-        assert not (folder / "model.safetensors").exists()
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        assert not any("vision_tower" in name for name in shapes)
-        for part in ("projector.weight", "image_head.weight", "q_proj.lora_A.weight", "down_proj.lora_B.weight"):
-            assert any(name.endswith(part) for name in shapes), part
-        tokens = [shape for name, shape in shapes.items() if "trainable_tokens_delta" in name]
-        assert tokens == [[len(puma_token_ids(processor)), TEXT["hidden_size"]]] * 2
+def same_name(wrapped: str, plain: str) -> bool:
+    for mark in ("base_layer.", "original_module.", "token_adapter."):
+        wrapped = wrapped.replace(mark, "")
+    return wrapped == plain
 
 
-def test_an_adapter_is_loaded_onto_its_base(adapters, processor):
-    for folder, expected in adapters.items():
-        assert_same(outputs(PeftModel.from_pretrained(make_model(processor), folder), processor), expected)
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_it_is_a_plain_model(processor, rows, tmp_path, tied):
+    trained = train(processor, rows, tmp_path, tied)
+    expected = outputs(trained, processor, rows)
+    merged = trained.merge_and_unload()
+    assert type(merged) is PumaForConditionalGeneration
+    merged.save_pretrained(tmp_path / "merged")
+    again = PumaForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(outputs(again, processor, rows), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_are_switched(adapters, processor):
-    (first, at_first), (second, at_second) = adapters.items()
-    model = PeftModel.from_pretrained(make_model(processor), first, adapter_name="first")
-    model.load_adapter(second, adapter_name="second")
-    for name, expected in (("second", at_second), ("first", at_first)):
-        model.set_adapter(name)
-        assert_same(outputs(model, processor), expected)
-    plain = outputs(make_model(processor), processor)
+def test_adapters_are_switched(processor, rows, tmp_path):
+    first = outputs(train(processor, rows, tmp_path / "first", seed=1), processor, rows)
+    second = outputs(train(processor, rows, tmp_path / "second", seed=2), processor, rows)
+    base = make_model(processor, text_config={**TEXT, "tie_word_embeddings": True})
+    plain = outputs(base, processor, rows)
+    model = PeftModel.from_pretrained(base, tmp_path / "first", adapter_name="first").eval()
+    model.load_adapter(tmp_path / "second", adapter_name="second")
+    torch.testing.assert_close(outputs(model, processor, rows), first)
+    model.set_adapter("second")
+    torch.testing.assert_close(outputs(model, processor, rows), second)
+    assert not torch.allclose(first[0], second[0])
     with model.disable_adapter():
-        assert_same(outputs(model, processor), plain)
-    assert abs(at_first[2] - plain[2]) > 1e-2 and abs(at_first[2] - at_second[2]) > 1e-2
+        torch.testing.assert_close(outputs(model, processor, rows), plain)
 
 
-def test_a_merged_adapter_is_a_plain_model(adapters, processor, tmp_path):
-    folder, expected = next(iter(adapters.items()))
-    merged = PeftModel.from_pretrained(make_model(processor), folder).merge_and_unload()
-    merged.save_pretrained(tmp_path)
-    again = PumaForConditionalGeneration.from_pretrained(tmp_path)
-    assert again.state_dict().keys() == make_model(processor).state_dict().keys()
-    assert_same(outputs(again, processor), expected)
+def test_an_adapted_model_draws(processor, rows, tmp_path):
+    model = train(processor, rows, tmp_path)
+    inputs = processor.prepare_generation(["a picture"])
+    found = model.generate_image_features(**inputs, scale=1)
+    expected = model.merge_and_unload().generate_image_features(**inputs, scale=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_token_ids_the_vocabulary_stays(processor, model):
+    assert puma_lora_config(model, []).trainable_token_indices is None
+    assert puma_lora_config(model, [], r=3, modules_to_save=["image_head"]).modules_to_save == ["image_head"]
+    assert len(puma_token_ids(processor)) == 227
+
+
+def test_qlora(processor, rows, tmp_path):
+    """Four-bit weights below the adapter; the loss falls and the adapter alone is saved."""
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    wide = {**TEXT, "hidden_size": 64, "intermediate_size": 128}
+    make_model(processor, text_config=wide).save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["vision_tower", "projector", "image_head", "lm_head"],
+    )
+    model = PumaForConditionalGeneration.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = get_peft_model(model, puma_lora_config(model, puma_token_ids(processor), r=2))
+    layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer
+    assert layer.weight.dtype == torch.uint8
+    arguments = PumaTrainingArguments(
+        str(tmp_path),
+        max_steps=20,
+        learning_rate=0.01,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    trainer = PumaTrainer(model, arguments, processing_class=processor, train_dataset=rows)
+    trainer.train()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    trainer.save_model()
+    assert not any("base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
