@@ -48,7 +48,7 @@ class TaskMix:
         scenes: share of composed pictures in drawing, describing and asking.
     """
 
-    kinds: tuple[float, ...] = (0.66, 0.02, 0.14, 0.11, 0.07)
+    kinds: tuple[float, ...] = (0.70, 0.02, 0.14, 0.08, 0.06)
     finest_scale: tuple[float, ...] = (0.08, 0.17, 0.75, 0.0, 0.0)
     finest_scale_edits: tuple[float, ...] = (0.25, 0.35, 0.40, 0.0, 0.0)
     scenes: float = 0.35

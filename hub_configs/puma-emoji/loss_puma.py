@@ -4,19 +4,16 @@ import torch
 import torch.nn.functional as F
 
 
-def text_loss(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
+def text_loss(logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
     """Cross entropy of next-token prediction, averaged over supervised text tokens.
 
     Args:
-        logits: (B, T, V); those at position t predict the label at t + 1.
-        labels: (B, T) token ids, -100 where nothing is supervised.
-        num_items: supervised tokens of the global batch; by default those of this one.
+        logits: (n, V) of the n supervised text tokens, each from the state before it.
+        targets: (n,) token ids.
+        num_items: supervised tokens of the global batch; by default n.
     """
-    targets = labels[:, 1:].to(logits.device)
-    supervised = targets != -100
-    # Most positions are image tokens without a label: leave them out before the copy in fp32.
-    total = F.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="sum")
-    return total / _count(num_items, supervised.sum())
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / _count(num_items, torch.tensor(len(targets), device=total.device))
 
 
 def image_loss(

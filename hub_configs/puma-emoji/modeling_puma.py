@@ -46,7 +46,7 @@ class PumaCausalLMOutputWithPast(ModelOutput):
     loss: weighted sum of `text_loss` and `image_loss`; all three None without labels.
     scale_losses: (num_scales,) unweighted squared error per scale (of features, or of velocities with a flow head)
         over this batch's supervised image tokens, NaN where a scale has none; detached, for logging.
-    logits: (B, T, V).
+    logits: (B, T, V); None where `skip_logits` was asked for.
     image_features: (n, S, C) encoder features of the images.
     """
 
@@ -370,6 +370,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         feature_noise: float = 0.0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PumaCausalLMOutputWithPast:
         """See `PumaModel.forward` for the sequence and its images.
@@ -380,6 +381,8 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             num_text_items, num_image_items: supervised text and image tokens of the global batch, the two
                 denominators of the loss; by default those of this batch.
             logits_to_keep: logits for the last that many positions only; 0 for all.
+            skip_logits: no logits but those that the loss needs: most positions of an image have no label, and with a
+                large vocabulary their logits are most of the memory. `logits` is then None.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -395,7 +398,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states[:, -logits_to_keep:])
+        logits = None if skip_logits else self.lm_head(hidden_states[:, -logits_to_keep:])
 
         result = PumaCausalLMOutputWithPast(
             logits=logits,
@@ -405,7 +408,12 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             image_features=outputs.image_features,
         )
         if labels is not None:
-            result.text_loss = text_loss(logits, labels, num_text_items)
+            supervised, targets = labels[:, 1:] != -100, labels[:, 1:]
+            if skip_logits:
+                text_logits = self.lm_head(hidden_states[:, :-1][supervised])
+            else:
+                text_logits = logits[:, :-1][supervised]
+            result.text_loss = text_loss(text_logits, targets[supervised], num_text_items)
             result.image_loss, result.scale_losses = self._image_loss(outputs, image_loss_mask, num_image_items)
             result.loss = (
                 self.config.text_loss_weight * result.text_loss + self.config.image_loss_weight * result.image_loss

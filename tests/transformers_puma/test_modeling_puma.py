@@ -114,6 +114,20 @@ def plain_loss(model, batch, labels, targets):
     return torch.stack(text).mean(), torch.stack(image).mean()
 
 
+def test_skipping_logits_changes_no_loss_and_no_gradient(processor, batch):
+    model = make_model(processor)
+    labels, targets = text_labels(processor, batch), torch.tensor([False, True, True])
+    gradients = []
+    for skip_logits in (False, True):
+        model.zero_grad()
+        output = model(**batch, labels=labels, image_loss_mask=targets, skip_logits=skip_logits)
+        assert (output.logits is None) == skip_logits
+        output.loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, skipped in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, skipped)
+
+
 def test_loss_equals_the_plain_formula(model, processor, batch):
     labels, targets = text_labels(processor, batch), torch.tensor([False, True, True])
     with torch.no_grad():
