@@ -135,7 +135,7 @@ def measure_variant(
     return {
         "steps": record["steps"],
         "training seconds": seconds,
-        "features": report_text_to_image.run_features(bench, 2 * count, with_pictures=False),
+        "features": report_text_to_image.run_features(bench, 2 * count),
         "text_to_image": report_text_to_image.run(bench, count),
         "edits": report_edits.run(bench, "edits", tasks["edits"], max(1, count // 4)),
         "cost": measure_cost(pipe, "tangerine in noto style"),

@@ -170,13 +170,6 @@ def per_sample(table: dict[str, Scores]) -> list[dict]:
     ]
 
 
-def merge(*tables: list[dict]) -> list[dict]:
-    """The same samples' rows of several tables in one."""
-    return [
-        {"scores": {k: v for part in parts for k, v in part["scores"].items()}} for parts in zip(*tables, strict=True)
-    ]
-
-
 def averages(rows: list[dict]) -> dict[str, dict[str, dict]]:
     """{row: {metric: mean with its 95 % bootstrap interval}}."""
     values: dict[str, dict[str, list[float]]] = {}

@@ -9,7 +9,6 @@ folder. What starts from pictures alone (reconstruction) also works on other dat
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import report_edits
@@ -18,7 +17,7 @@ import report_reconstruction
 import report_scenes
 import report_text_to_image
 import torch
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 from emoji_training import load_pictures
 from judge import Judge
 from measuring import Bench, fingerprint
@@ -31,19 +30,18 @@ from transformers_puma.evaluation.runner import versions, write_json
 CONTACT_SHEET = 8  # prompts
 
 
-def parts(bench: Bench, tasks, count: int) -> dict:
-    """Part -> what measures it; those that the data has."""
+def measure(bench: Bench, tasks: DatasetDict | None, count: int) -> dict:
+    """The results of all parts that the data has."""
     quarter, half = max(1, count // 4), max(1, count // 2)
-    todo = {"reconstruction": lambda: report_reconstruction.run(bench, count)}
-    if "heldout_pair" in bench.pictures:
-        todo["text_to_image"] = lambda: report_text_to_image.run(bench, count)
-        todo["features"] = lambda: report_text_to_image.run_features(bench, count)
+    results = {"reconstruction": report_reconstruction.run(bench, count)}
     if tasks is not None:
-        todo["scenes"] = lambda: report_scenes.run(bench, tasks["prompts"], half)
-        todo["edits"] = lambda: report_edits.run(bench, "edits", tasks["edits"], quarter)
-        todo["conditions"] = lambda: report_edits.run(bench, "conditions", tasks["conditions"], quarter)
-        todo["questions"] = lambda: report_questions.run(bench, tasks, half)
-    return todo
+        results["text_to_image"] = report_text_to_image.run(bench, count)
+        results["features"] = report_text_to_image.run_features(bench, count, results["text_to_image"]["table"])
+        results["scenes"] = report_scenes.run(bench, tasks["prompts"], half)
+        results["edits"] = report_edits.run(bench, "edits", tasks["edits"], quarter)
+        results["conditions"] = report_edits.run(bench, "conditions", tasks["conditions"], quarter)
+        results["questions"] = report_questions.run(bench, tasks, half)
+    return results
 
 
 def write_sheets(bench: Bench, results: dict, out: Path) -> None:
@@ -51,7 +49,6 @@ def write_sheets(bench: Bench, results: dict, out: Path) -> None:
     sheets = {"reconstruction": lambda: report_reconstruction.sheet(bench, results["reconstruction"])}
     if "text_to_image" in results:
         sheets["text_to_image"] = lambda: report_text_to_image.sheet(bench, results["text_to_image"], CONTACT_SHEET)
-    if "scenes" in results:
         sheets["scenes"] = lambda: report_scenes.sheet(bench, results["scenes"])
         for part in ("edits", "conditions"):
             sheets[part] = lambda part=part: report_edits.sheet(bench, part, results[part])
@@ -89,11 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     judge = judge and judge.to(device)
     bench = Bench(pipe, judge, pictures, arguments.out / "samples", settings, arguments.lpips_weights)
 
-    results, seconds = {}, {}
-    for name, measure in parts(bench, tasks, arguments.count).items():
-        start = time.monotonic()
-        results[name] = measure()
-        seconds[name] = round(time.monotonic() - start, 1)
+    results = measure(bench, tasks, arguments.count)
     write_sheets(bench, results, arguments.out)
     plots = write_plots(results, arguments.out)
     settings |= {"path of the model": str(arguments.model), "path of the data": str(arguments.data)}
@@ -103,7 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     page = write_page(results, settings, plots)
     (arguments.out / "report.md").write_text(page, encoding="utf-8")
     print(page)
-    print("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
 
 
 def judge_ceiling(folder: Path) -> dict:

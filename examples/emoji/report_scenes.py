@@ -33,16 +33,16 @@ def measure(bench: Bench, rows: Dataset, captions: list[str], samples: list[dict
 
 
 def run(bench: Bench, rows: Dataset, count: int) -> dict:
-    chosen = [row for row, type in enumerate(rows["type"]) if type == "scene"][:count]
-    captions = list(dict.fromkeys(rows.select(chosen)["prompt"]))
-    samples = numbered([{"row": row} for row in chosen])
-    # What is found first depends on how many captions there are, so another count is another run.
-    measured = bench.run(PART, samples, lambda batch: measure(bench, rows, captions, batch), captions=len(captions))
+    scenes = [row for row, type in enumerate(rows["type"]) if type == "scene"]
+    captions = list(dict.fromkeys(rows.select(scenes)["prompt"]))
+    samples = numbered([{"row": row} for row in scenes[:count]])
+    measured = bench.run(PART, samples, lambda batch: measure(bench, rows, captions, batch))
     return {
         "samples": len(measured),
         "table": averages(measured),
+        "captions": len(captions),
         "chance": {"caption_found": 1 / len(captions)},
-        "prompts": list(rows.select(chosen[:SHOWN])["prompt"]),
+        "prompts": list(rows.select(scenes[:SHOWN])["prompt"]),
     }
 
 

@@ -14,7 +14,6 @@ from measuring import (
     decode,
     generators,
     judged,
-    merge,
     numbered,
     per_sample,
     spread,
@@ -49,8 +48,8 @@ def measure(bench: Bench, samples: list[dict]) -> list[dict]:
     pipe, scales = bench.pipe, bench.pipe.scales
 
     def draw(seed: int, scales: list[int]) -> Features:
-        features = pipe.generate_image_features(captions, None, min(scales), generators(samples, seed))
-        return decode(pipe, features, scales, generators(samples, seed))
+        noise = generators(samples, seed)
+        return decode(pipe, pipe.generate_image_features(captions, None, min(scales), noise), scales, noise)
 
     first, second = draw(SEEDS[0], scales), draw(SEEDS[1], scales)
     table = {TRUE: judged(bench.judge, truth, texts, captions, truth)}
@@ -107,10 +106,12 @@ def teacher_forced(
     ).last_hidden_state
     is_autoregressive = model.config.image_decoding == "autoregressive"
     states = hidden[:, -length - 1 : -1] if is_autoregressive else hidden[:, -length:]
-    scales = scale_of_position(model.config.tokens_per_scale).to(states.device)
-    start = torch.stack([torch.randn(features.shape[1:], generator=g) for g in noise]).to(states.device)
-    written = model.image_head.predict(states, scales, start, model.config.flow_num_steps)
-    return split_scales(written, model.config.tokens_per_scale)
+    counts, start = model.config.tokens_per_scale, None
+    if model.config.image_head == "flow":  # drawn as generation does it
+        draws = [[torch.randn(k, features.shape[2], generator=g) for g in noise] for k in reversed(counts)]
+        start = torch.cat([torch.stack(scale) for scale in draws], dim=1).to(states.device)
+    scales = scale_of_position(counts).to(states.device)
+    return split_scales(model.image_head.predict(states, scales, start, model.config.flow_num_steps), counts)
 
 
 def feature_errors(written: Features, true: Features, mean: Features) -> dict[str, torch.Tensor]:
@@ -122,30 +123,32 @@ def feature_errors(written: Features, true: Features, mean: Features) -> dict[st
     return scores
 
 
-def measure_features(bench: Bench, samples: list[dict], with_pictures: bool = True) -> list[dict]:
-    """Free-running and teacher-forced features of unseen pairs, free-running ones of training captions, and what the
-    decoders make of true, teacher-forced and free-running features of the same prompts."""
+def measure_features(bench: Bench, samples: list[dict], with_pictures: bool) -> list[dict]:
+    """Free-running and teacher-forced features of unseen pairs, free-running ones of training captions; with pictures
+    also what the decoders make of true and of teacher-forced features (of free-running ones: `measure`)."""
     pipe, mean = bench.pipe, bench.mean_features
     truth, texts, captions = shown_and_said(bench, "heldout_pair", samples)
     true = pipe.encode_image(to_pil(truth))
-    free = pipe.generate_image_features(captions, None, 0, generators(samples, 0))
+    free = pipe.generate_image_features(captions, None, 0, generators(samples, SEEDS[0]))
     inputs = pipe.processor.prepare_generation(captions, None).to(pipe.device)
-    forced = teacher_forced(pipe.mllm, inputs, flatten_scales(true), generators(samples, 0))
+    noise = generators(samples, SEEDS[0])
+    forced = teacher_forced(pipe.mllm, inputs, flatten_scales(true), noise)
     trained = [{**sample, "row": sample["train_row"]} for sample in samples]
     seen, _, seen_captions = shown_and_said(bench, "train", trained)
-    seen_free = pipe.generate_image_features(seen_captions, None, 0, generators(samples, 0))
+    seen_free = pipe.generate_image_features(seen_captions, None, 0, generators(samples, SEEDS[0]))
     table = {
         "free-running, unseen pairs": feature_errors(free, true, mean),
         "teacher-forced, unseen pairs": feature_errors(forced, true, mean),
         "free-running, training captions": feature_errors(seen_free, pipe.encode_image(to_pil(seen)), mean),
     }
-    if not with_pictures:
-        return per_sample(table)
-    drawn = {}
-    for name, features in (("true", true), ("teacher-forced", forced), ("free-running", free)):
-        for scale, pictures in decode(pipe, features, pipe.scales, generators(samples, 0)).items():
-            drawn[f"{name} features, scale {scale}"] = judged(bench.judge, pictures, texts, captions, truth)
-    return merge(per_sample(table), per_sample(drawn))
+    if with_pictures:
+        for name, features, start in (
+            ("true", true, generators(samples, SEEDS[0])),
+            ("teacher-forced", forced, noise),
+        ):
+            for scale, pictures in decode(pipe, features, pipe.scales, start).items():
+                table[f"{name} features, scale {scale}"] = judged(bench.judge, pictures, texts, captions, truth)
+    return per_sample(table)
 
 
 def error_over_variance(table: dict[str, dict]) -> dict[str, dict[int, float]]:
@@ -158,9 +161,12 @@ def error_over_variance(table: dict[str, dict]) -> dict[str, dict[int, float]]:
     return ratios
 
 
-def run_features(bench: Bench, count: int, with_pictures: bool = True) -> dict:
+def run_features(bench: Bench, count: int, drawn: dict | None = None) -> dict:
+    """`drawn`: the table of `run`, which holds what the decoders make of free-running features; without it nothing is
+    drawn here either."""
     held_out, train = (spread(bench.pictures[split], count) for split in ("heldout_pair", "train"))
     samples = numbered([{"row": row, "train_row": seen} for row, seen in zip(held_out, train, strict=True)])
+    with_pictures = drawn is not None
     rows = bench.run(
         FEATURES_PART,
         samples,
@@ -168,5 +174,10 @@ def run_features(bench: Bench, count: int, with_pictures: bool = True) -> dict:
         with_pictures=with_pictures,
     )
     table = averages(rows)
-    pictures = {label: scores for label, scores in table.items() if "features, scale" in label}
-    return {"samples": len(rows), "error over variance": error_over_variance(table), "pictures": pictures}
+    result = {"samples": len(rows), "error over variance": error_over_variance(table)}
+    if with_pictures:
+        result["pictures"] = {label: scores for label, scores in table.items() if "features, scale" in label}
+        result["pictures"] |= {
+            f"free-running features, {label}": scores for label, scores in drawn.items() if label.startswith("scale ")
+        }
+    return result
