@@ -12,6 +12,16 @@ from .options import positive
 
 BENCHMARKS = ("mmbench", "mme", "gqa", "vqav2", "pope", "vizwiz", "questions")
 RESULTS = "results.json"
+LAYOUTS = """\
+what --data holds; in braces the part that --split names, with its default:
+  mmbench    mmbench_{dev_20230712}.tsv
+  mme        existence/, count/, .. of MME_Benchmark_release_version
+  gqa        {testdev_balanced}_questions.json, images/
+  vqav2      v2_OpenEnded_mscoco_{test-dev2015}_questions.json, v2_mscoco_{val2014}_annotations.json, test2015/, ..
+  pope       {coco}/coco_pope_random.json, .._popular.json, .._adversarial.json, val2014/
+  vizwiz     {test}.json, {test}/
+  questions  {test}.jsonl with image, question, answer and question_type, or a saved DatasetDict with these columns
+"""
 
 
 def add_parser(subparsers) -> None:
@@ -20,14 +30,11 @@ def add_parser(subparsers) -> None:
         help="answers to the questions of a benchmark (tables 4 and 5)",
         description="Ask a benchmark's questions in LLaVA-1.5's protocol, and write the submission file where answers "
         "are hidden. --out gets a folder for each benchmark.",
+        epilog=LAYOUTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--benchmark",
-        required=True,
-        choices=BENCHMARKS,
-        help="`questions`: a table of your own, DATA/test.jsonl with image, question, answer, question_type",
-    )
-    add_run_options(parser, "understanding", "folder in the benchmark's own layout")
+    parser.add_argument("--benchmark", required=True, choices=BENCHMARKS, help="`questions` is a table of your own")
+    add_run_options(parser, "understanding", "folder in the benchmark's own layout, see below")
     parser.add_argument(
         "--models",
         nargs="+",

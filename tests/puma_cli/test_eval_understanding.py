@@ -7,8 +7,13 @@ from PIL import Image
 
 from puma_cli import main
 from puma_cli.errors import UserError
-from puma_cli.eval_understanding import input_scales_table, scales_name
+from puma_cli.eval_understanding import BENCHMARKS, input_scales_table, scales_name
 from transformers_puma import PumaConfig
+from transformers_puma.evaluation import understanding
+
+
+def test_the_command_knows_all_benchmarks():
+    assert BENCHMARKS == tuple(understanding.BENCHMARKS)
 
 
 @pytest.fixture

@@ -70,7 +70,8 @@ class PumaLmms(lmms):
         """Mean negative log-likelihood of each continuation, and whether greedy decoding writes it.
 
         lmms-eval takes the smallest value of a question's options (`process_results` of its tasks), not the largest as
-        the name says.
+        the name says. Its version 0.7.3 turns these pairs into texts before a task reads them
+        (`unwrap_generation_output`), so that tasks of its type `multiple_choice` fail with any model.
         """
         return [self._continuation_loss(request.args) for request in tqdm(requests, disable=self.rank > 0)]
 
