@@ -1,9 +1,11 @@
 """Broken samples are skipped, counted and named; too many stop the stream."""
 
+import gzip
 import json
 import logging
 
 import pytest
+import zstandard
 from torch.utils.data import DataLoader
 
 from transformers_puma.training.data import TooManyBrokenSamplesError, build_training_data, load_source
@@ -104,6 +106,53 @@ def test_entries_of_a_json_file(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, LOGGER):
         assert len(list(load_source("ocr_vqa", str(tmp_path)))) == 2
     assert "dataset.json:b: the field 'answers' is missing or empty" in messages(caplog)[0]
+
+
+def test_json_member_that_is_none(tmp_path, caplog):
+    good = {"noun_chunks": [[0, 5, 0.1, 0.1, 0.9, 0.9, 0.8]]}
+    samples = [img2dataset_sample(i, "a cat", **good) for i in range(3)]
+    samples[1]["json"] = b'{"caption": "a c'
+    write_tar(tmp_path / "0.tar", samples)
+    with caplog.at_level(logging.WARNING, LOGGER):
+        assert len(list(load_source("grit", str(tmp_path)))) == 2
+    assert "0.tar:000000001: not JSON" in messages(caplog)[0]
+
+
+def test_tar_cut_short(tmp_path, caplog):
+    """What came before the cut is read, and so are the other tars."""
+    for tar in range(2):
+        samples = [img2dataset_sample(i, f"tar {tar} caption {i}", (64, 64)) for i in range(4)]
+        write_tar(tmp_path / f"{tar}.tar", samples)
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole[: whole.index(b"000000002.jpg") + 700])
+    with caplog.at_level(logging.WARNING, LOGGER):
+        rows = list(load_source("laion_2b", str(tmp_path), stage="text_to_image"))
+    assert [row["prompt"] for row in rows] == [
+        *(f"tar 0 caption {i}" for i in range(2)),
+        *(f"tar 1 caption {i}" for i in range(4)),
+    ]
+    (said,) = messages(caplog)
+    assert "0.tar:the rest of the file: the file cannot be read from here on" in said
+
+
+@pytest.mark.parametrize("extension", ["gz", "zst"])
+def test_lines_cut_short(tmp_path, caplog, extension):
+    lines = [json.dumps({"conversations": conversation(f"What {i}?", "x" * 50)}) for i in range(2000)]
+    compress = gzip.compress if extension == "gz" else zstandard.ZstdCompressor().compress
+    compressed = compress("\n".join(lines).encode())
+    file = tmp_path / f"chat.jsonl.{extension}"
+    file.write_bytes(compressed[:-40])
+    with caplog.at_level(logging.WARNING, LOGGER):
+        rows = list(load_source("llavar", str(file), images=str(tmp_path)))
+    assert len(rows) < 2000
+    (said,) = messages(caplog)
+    assert f"chat.jsonl.{extension}:{len(rows) + 1}: " in said
+
+
+def test_json_file_that_is_none(tmp_path):
+    (tmp_path / "chat.json").write_text('[{"conversations": ')
+    with pytest.raises(ValueError, match="chat.json is not JSON"):
+        list(load_source("llavar", str(tmp_path / "chat.json"), images=str(tmp_path)))
 
 
 def write_mixed(folder, num_broken: int, num_samples: int = 20) -> None:

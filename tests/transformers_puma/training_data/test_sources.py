@@ -194,11 +194,12 @@ def test_llava_onevision(tmp_path):
         [row, {**row, "id": "2", "image": None, "conversations": [{"from": "human", "value": "Say PUMA."}, ANSWER]}],
     )
     write_onevision(tmp_path, "geo170k(qa)", [row])
+    write_onevision(tmp_path, "vsr(cauldron,llava_format)", [row])
     rows = list(load_source("llava_onevision", str(tmp_path)))
-    assert len(rows) == 2
+    assert len(rows) == 3
     assert rows[0]["messages"] == MESSAGES and rows[0]["images"][0].size == (24, 16)
     assert "images" not in rows[1]
-    assert len(list(load_source("llava_onevision", str(tmp_path), exclude=["sharegpt4v(sam)"]))) == 1
+    assert len(list(load_source("llava_onevision", str(tmp_path), exclude=["sharegpt4v(sam)"]))) == 2
 
 
 def test_cambrian(tmp_path):

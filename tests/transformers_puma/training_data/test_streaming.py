@@ -1,5 +1,6 @@
 """Order, resuming, sharding and mixing."""
 
+import pickle
 from collections import Counter
 
 import pytest
@@ -88,6 +89,25 @@ def test_more_readers_than_files(folder):
             seen.append([text_of(row) for row in shard])
     assert [len(rows) for rows in seen] == [3, 3, 3, 2]
     assert Counter(sum(seen, [])) == Counter(f"prompt {i}" for i in range(11))
+
+
+def test_shards_of_a_mix(folder, caplog):
+    """What accelerate does with a stream; three shards do not divide the four files of a source."""
+    data = build(folder, stopping_strategy="all_exhausted_without_replacement", num_shards=3)
+    seen = Counter()
+    for rank in range(3):
+        rows = [text_of(row) for row in data.shard(num_shards=3, index=rank)]
+        assert rows
+        seen.update(rows)
+    assert seen == expected(folder)
+    assert "nothing to read" not in caplog.text
+    build(folder, num_shards=5)
+    assert "laion_aesthetics has 4 shards for num_shards=5" in caplog.text
+
+
+def test_travels_to_spawned_workers(folder):
+    data = build(folder, shuffle_buffer=0)
+    assert [fingerprint(row) for row in pickle.loads(pickle.dumps(data))] == [fingerprint(row) for row in data]
 
 
 def test_crops_and_directions_do_not_depend_on_the_reader(folder):

@@ -30,9 +30,7 @@ INSTRUCTIONS = {
 }
 
 
-def multigen(
-    path: str, *, task: str, num_shards: int = 1, seed: int | None = None, conditions: str = "stored"
-) -> Reader:
+def multigen(path: str, *, task: str, num_shards: int = 1, conditions: str = "stored") -> Reader:
     """One task of MultiGen-20M.
 
     Args:
@@ -45,7 +43,7 @@ def multigen(
     if conditions not in ("stored", "computed"):
         raise ValueError(f"conditions must be 'stored' or 'computed', got {conditions!r}")
     name = MULTIGEN_NAMES[task]
-    files = find_files(Path(path) / "json_files" / f"aesthetics_plus_all_group_{name}_all.json", [], seed)
+    files = find_files(Path(path) / "json_files" / f"aesthetics_plus_all_group_{name}_all.json", [])
     control = f"control_{name}" if conditions == "stored" else None
     parse = functools.partial(_parse_multigen, folder=Path(path), task=task, control=control)
     return Reader(line_stream(files, num_shards), parse, line_place)

@@ -110,7 +110,7 @@ CAMBRIAN_IN_ONEVISION = frozenset(
 CAMBRIAN_EXCLUDED = CAMBRIAN_MATH_REASONING | CAMBRIAN_IN_ONEVISION
 
 
-def ocr_vqa(path: str, *, num_shards: int = 1, seed: int | None = None, split: int = 1) -> Reader:
+def ocr_vqa(path: str, *, num_shards: int = 1, split: int = 1) -> Reader:
     """The folder that holds `dataset.json` and `images`; all questions about a picture are one conversation.
 
     Args:

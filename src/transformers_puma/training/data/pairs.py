@@ -24,7 +24,7 @@ from datasets import load_dataset
 from ...processing_puma import BOX_MARK, IMAGE_TOKEN
 from .readers import Reader, line_place, tar_place
 from .samples import BrokenSampleError, Sample, field, image_file, make_sample, stored_image, text_field
-from .streams import Paths, find_files, line_stream, parquet_stream, parse_record, webdataset_stream
+from .streams import Paths, find_files, line_stream, parquet_stream, parse_object, parse_record, webdataset_stream
 
 PICTURES = ("*.jpg", "*.jpeg", "*.png", "*.webp")
 
@@ -36,16 +36,17 @@ def laion(path: Paths, *, num_shards: int = 1, seed: int | None = None, caption:
         caption: the field that holds the caption: in tars "txt" or a key of the `.json`; in parquet "txt" stands for
             the column `caption`, which is the same text.
     """
-    files = find_files(path, ["*.tar"], seed) if _holds(path, "*.tar") else find_files(path, ["*.parquet"], seed)
-    if all(file.endswith(".parquet") for file in files):
-        column = "caption" if caption == "txt" else caption
-        stream = parquet_stream(files, num_shards)
-        _check_columns(stream, ["key", "jpg", column])
-        return Reader(stream, functools.partial(_parse_laion_row, caption=column), _parquet_key)
-    return Reader(webdataset_stream(files), functools.partial(_parse_laion_tar, caption=caption), tar_place)
+    files = find_files(path, ["*.tar", "*.parquet"], seed)
+    # Beside each tar, img2dataset writes a parquet file of the metadata alone.
+    if tars := [file for file in files if file.endswith(".tar")]:
+        return Reader(webdataset_stream(tars), functools.partial(_parse_laion_tar, caption=caption), tar_place)
+    column = "caption" if caption == "txt" else caption
+    stream = parquet_stream(files, num_shards)
+    _check_columns(stream, ["key", "jpg", column])
+    return Reader(stream, functools.partial(_parse_laion_row, caption=column), _parquet_key)
 
 
-def grit(path: Paths, *, num_shards: int = 1, seed: int | None = None, phrases: str = "noun_chunks") -> Reader:
+def grit(path: Paths, *, seed: int | None = None, phrases: str = "noun_chunks") -> Reader:
     """Tars of img2dataset; each phrase of the caption is followed by the marks of its boxes.
 
     Args:
@@ -67,7 +68,7 @@ def journeydb(path: str, *, num_shards: int = 1, seed: int | None = None, captio
     if caption not in ("prompt", "caption"):
         raise ValueError(f"caption must be 'prompt' or 'caption', got {caption!r}")
     folder = Path(path)
-    stream = line_stream(find_files(sorted(folder.glob("*_anno*.jsonl")) or folder, ["*_anno*.jsonl"]), num_shards)
+    stream = line_stream(find_files(folder, ["*_anno*.jsonl"], seed), num_shards)
     return Reader(stream, functools.partial(_parse_journeydb, images=folder / "imgs", caption=caption), line_place)
 
 
@@ -76,7 +77,7 @@ def the_pile(path: Paths, *, num_shards: int = 1, seed: int | None = None) -> Re
     return Reader(line_stream(find_files(path, ["*.jsonl.zst"], seed), num_shards), _parse_pile, line_place)
 
 
-def folder(path: str, *, num_shards: int = 1, seed: int | None = None, caption: str = "text") -> Reader:
+def folder(path: str, *, seed: int | None = None, caption: str = "text") -> Reader:
     """Pictures in a folder.
 
     Args:
@@ -112,10 +113,6 @@ def parquet(
     return Reader(stream, parse, functools.partial(_row_place, caption=caption))
 
 
-def _holds(path: Paths, pattern: str) -> bool:
-    return not (isinstance(path, str) and Path(path).is_dir()) or any(Path(path).rglob(pattern))
-
-
 def _check_columns(stream, names: list[str]) -> None:
     missing = [name for name in names if name not in stream.features]
     if missing:
@@ -135,9 +132,15 @@ def _row_place(raw: dict[str, Any], caption: str) -> str:
 
 
 def _parse_laion_tar(raw: dict[str, Any], caption: str) -> list[Sample]:
-    picture = raw["jpg"] or raw["png"] or raw["webp"]
-    text = text_field(raw, "txt") if caption == "txt" else text_field(raw["json"] or {}, caption)
-    return [make_sample(_tar_key(raw), {"caption": text}, [stored_image(picture, "jpg")])]
+    if caption == "txt":
+        text = text_field({"txt": field(raw, "txt", bytes).decode(errors="replace")}, "txt")
+    else:
+        text = text_field(parse_object(field(raw, "json", bytes)), caption)
+    return [make_sample(_tar_key(raw), {"caption": text}, [_tar_picture(raw)])]
+
+
+def _tar_picture(raw: dict[str, Any]) -> dict:
+    return stored_image(raw["jpg"] or raw["png"] or raw["webp"], "jpg")
 
 
 def _tar_key(raw: dict[str, Any]) -> str:
@@ -152,13 +155,12 @@ def _parse_laion_row(raw: dict[str, Any], caption: str) -> list[Sample]:
 
 
 def _parse_grit(raw: dict[str, Any], phrases: str) -> list[Sample]:
-    picture = stored_image(raw["jpg"] or raw["png"] or raw["webp"], "jpg")
-    record = raw["json"] or {}
+    record = parse_object(field(raw, "json", bytes))
     caption = field(record, "caption")
     if IMAGE_TOKEN in caption or BOX_MARK in caption:
         raise BrokenSampleError(f"the caption holds markup: {caption!r}")
     boxes = [_grounded(caption, entry) for entry in field(record, phrases, list)]
-    return [make_sample(_tar_key(raw), {"caption": caption, "boxes": boxes}, [picture])]
+    return [make_sample(_tar_key(raw), {"caption": caption, "boxes": boxes}, [_tar_picture(raw)])]
 
 
 def _grounded(caption: str, entry: list[float]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Sources, shuffled and mixed with their ratios, to the training rows of a stage: `build_training_data`."""
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from . import conditions, conversations, edits, pairs
 from .readers import Reader
 from .rows import MIN_IMAGE_SIZES, STAGE_KINDS, STAGES, RowMaker
 from .samples import SAMPLE_FEATURES, SampleCounter, sample_rng
+
+logger = logging.getLogger(__name__)
 
 STOPPING_STRATEGIES = ("all_exhausted", "all_exhausted_without_replacement", "first_exhausted")
 
@@ -152,10 +155,18 @@ class _ShuffleBlock:
 def _read_samples(
     source: Mapping[str, Any], counter: SampleCounter, num_shards: int, shuffle_buffer: int, seed: int
 ) -> IterableDataset:
+    read = SOURCES[source["name"]].read
     options = {key: value for key, value in source.items() if key not in ("name", "path", "weight")}
-    reader = SOURCES[source["name"]].read(
-        source["path"], num_shards=num_shards, seed=seed if shuffle_buffer else None, **options
-    )
+    common = {"num_shards": num_shards, "seed": seed if shuffle_buffer else None}
+    parameters = inspect.signature(read).parameters
+    reader = read(source["path"], **options, **{key: value for key, value in common.items() if key in parameters})
+    if reader.stream.num_shards < num_shards:
+        logger.warning(
+            "%s has %d shards for num_shards=%d: some processes or workers will have nothing to read",
+            counter.source,
+            reader.stream.num_shards,
+            num_shards,
+        )
     samples = reader.samples(counter)
     if shuffle_buffer > 1:
         samples = samples.map(_ShuffleBlock(seed), batched=True, batch_size=shuffle_buffer, features=SAMPLE_FEATURES)

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from .samples import SAMPLE_FEATURES, Sample, SampleCounter
+from .samples import SAMPLE_FEATURES, BrokenSampleError, Sample, SampleCounter
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,14 @@ class _Parse:
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         raw = {name: column[0] for name, column in batch.items()}
         self.counter.read += 1
-        samples = self.counter.skip_if_broken(self.place(raw), self.parse, raw)
+        samples = self.counter.skip_if_broken(self.place(raw), self._parse, raw)
         source = self.counter.source
         return {name: [(sample | {"source": source})[name] for sample in samples] for name in SAMPLE_FEATURES}
+
+    def _parse(self, raw: dict[str, Any]) -> list[Sample]:
+        if raw.get("error") is not None:
+            raise BrokenSampleError(f"the file cannot be read from here on: {raw['error']}")
+        return self.parse(raw)
 
 
 def line_place(raw: dict[str, str]) -> str:

@@ -1,11 +1,13 @@
-"""Files as streams of raw records: webdataset tars, parquet, image folders, lines of text, and JSON files.
+"""Files as streams of raw records: webdataset tars, parquet, lines of JSON, and JSON files.
 
-Tars, parquet and image folders go through the builders of `datasets`. Lines and JSON go through its generator builder
-instead of its text and JSON builders: there, one bad line ends the stream, a file is never cut into several shards,
-and a JSON file must be a list of objects of one schema.
+Tars and parquet go through the builders of `datasets`. Lines and JSON go through its generator builder instead of its
+JSON builder: there, one bad line ends the stream, a file is never cut into several shards, and a JSON file must be a
+list of objects of one schema.
 
 A stream is cut into shards, which processes and DataLoader workers share. `num_shards` is how many there should be;
-tars and image folders have as many as there are files.
+tars have as many as there are files.
+
+A file that cannot be read to its end gives a last record that holds the reason as `error`.
 """
 
 import functools
@@ -15,16 +17,24 @@ import io
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Features, Image, IterableDataset, Json, Value, load_dataset
+import zstandard
+from datasets import Features, IterableDataset, Value
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from .samples import BrokenSampleError
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
-LINE_FEATURES = Features({"record": Value("string"), "key": Value("string"), "place": Value("string")})
+LINE_FEATURES = Features(dict.fromkeys(("record", "key", "place", "error"), Value("string")))
+# What reading a file raises where it is cut short or damaged.
+CORRUPT = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 def find_files(paths: Paths, patterns: Sequence[str], seed: int | None = None) -> list[str]:
@@ -52,26 +62,39 @@ def find_files(paths: Paths, patterns: Sequence[str], seed: int | None = None) -
     return found
 
 
+class TarBuilder(WebDataset):
+    """The webdataset builder of `datasets`, except that members stay bytes and a tar that is cut short ends there:
+    otherwise one member that is no JSON, or one download that broke off, would end the stream."""
+
+    DECODERS = {}
+
+    @classmethod
+    def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Iterable) -> Iterator[dict[str, Any]]:
+        try:
+            yield from super()._get_pipeline_from_tar(tar_path, tar_iterator)
+        except (tarfile.TarError, *CORRUPT) as error:
+            yield {"__key__": "the rest of the file", "__url__": tar_path, "error": str(error)}
+
+
 def webdataset_stream(files: Sequence[str]) -> IterableDataset:
-    """Records of tars: `__key__`, `__url__`, undecoded pictures (`jpg`, `png`, `webp`), `txt` and `json`; None for
-    what a sample does not have."""
-    images = {extension: Image(decode=False) for extension in ("jpg", "png", "webp")}
-    texts = {"txt": Value("string"), "json": Json(), "__key__": Value("string"), "__url__": Value("string")}
-    # Given the features, the builder does not demand that the first samples of a tar all have the same members.
-    return load_dataset(
-        "webdataset", data_files=list(files), split="train", streaming=True, features=Features(images | texts)
-    )
+    """Records of tars: `__key__`, `__url__` and, as bytes or None, `jpg`, `png`, `webp`, `txt` and `json`."""
+    members = dict.fromkeys(("jpg", "png", "webp", "txt", "json"), Value("binary"))
+    texts = dict.fromkeys(("__key__", "__url__", "error"), Value("string"))
+    # Given as they are, neither are the paths taken for patterns, nor do the first samples decide what members exist.
+    data_files = DataFilesDict({"train": DataFilesList(list(files), [(file,) for file in files])})
+    return TarBuilder(data_files=data_files, features=Features(members | texts)).as_streaming_dataset("train")
 
 
 def parquet_stream(files: Sequence[str], num_shards: int = 1) -> IterableDataset:
     """Rows of parquet files, pictures undecoded; cut by row groups when there are fewer files than `num_shards`."""
-    stream = load_dataset("parquet", data_files=list(files), split="train", streaming=True).decode(False)
+    data_files = DataFilesDict({"train": DataFilesList(list(files), [(file,) for file in files])})
+    stream = Parquet(data_files=data_files).as_streaming_dataset("train").decode(False)
     return stream.reshard() if stream.num_shards < num_shards else stream
 
 
 def line_stream(files: Sequence[str], num_shards: int = 1) -> IterableDataset:
-    """Lines of files (`.jsonl`, `.jsonl.zst`, `.jsonl.gz`): `record`, the line; `place`, the file and line number; and
-    `key`, the same without the file's folder.
+    """Lines of files (`.jsonl`, `.jsonl.zst`, `.jsonl.gz`): `record`, the line; `place`, the file and line number;
+    `key`, the same without the file's folder; `error`.
 
     With fewer files than `num_shards`, several shards read the same file, each its every n-th line.
     """
@@ -99,19 +122,24 @@ def record_stream(files: Sequence[str], num_shards: int = 1) -> IterableDataset:
     return line_stream(files, num_shards)
 
 
-def parse_record(raw: dict[str, str]) -> dict[str, Any]:
-    """The object in a line.
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object.
 
     Raises:
         BrokenSampleError: not JSON, or not an object.
     """
     try:
-        record = json.loads(raw["record"])
+        record = json.loads(text)
     except ValueError as error:
         raise BrokenSampleError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
         raise BrokenSampleError(f"must be a JSON object, got a {type(record).__name__}")
     return record
+
+
+def parse_record(raw: dict[str, str]) -> dict[str, Any]:
+    """The object of a record of `line_stream` or `entry_stream`, see `parse_object`."""
+    return parse_object(raw["record"])
 
 
 def _parts(files: Sequence[str], num_shards: int) -> list[tuple[str, int, int]]:
@@ -120,28 +148,36 @@ def _parts(files: Sequence[str], num_shards: int) -> list[tuple[str, int, int]]:
     return [(file, index, step) for file in files for index in range(step)]
 
 
-def _lines(parts: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+def _lines(parts: list[tuple[str, int, int]]) -> Iterator[dict[str, str | None]]:
     for file, index, step in parts:
-        with _open_lines(file) as lines:
-            for number, line in enumerate(lines):
-                if number % step == index and line.strip():
-                    yield _line(line.rstrip("\n"), file, number + 1)
+        number = 0
+        try:
+            with _open_lines(file) as lines:
+                for number, line in enumerate(lines, start=1):
+                    if (number - 1) % step == index and line.strip():
+                        yield _line(line.rstrip("\n"), file, number)
+        except CORRUPT as error:
+            yield _line("", file, number + 1, error=str(error))
 
 
-def _entries(parts: list[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+def _entries(parts: list[tuple[str, int, int]]) -> Iterator[dict[str, str | None]]:
     for file, index, step in parts:
         for key, entry in _load_entries(file)[index::step]:
             yield _line(json.dumps(entry), file, key)
 
 
-def _line(record: str, file: str, number: int | str) -> dict[str, str]:
-    return {"record": record, "key": f"{Path(file).name}:{number}", "place": f"{file}:{number}"}
+def _line(record: str, file: str, number: int | str, error: str | None = None) -> dict[str, str | None]:
+    return {"record": record, "key": f"{Path(file).name}:{number}", "place": f"{file}:{number}", "error": error}
 
 
+# The parts of one file are read one after another, and a large file is slow to parse.
 @functools.lru_cache(maxsize=1)
 def _load_entries(file: str) -> list[tuple[str, Any]]:
     with open(file, encoding="utf-8") as opened:
-        entries = json.load(opened)
+        try:
+            entries = json.load(opened)
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
     if isinstance(entries, list):
         return [(str(i), entry) for i, entry in enumerate(entries)]
     if isinstance(entries, dict):
@@ -152,11 +188,10 @@ def _load_entries(file: str) -> list[tuple[str, Any]]:
 
 
 def _open_lines(file: str) -> io.TextIOBase:
-    # Undecodable bytes become U+FFFD: they spoil a line, not the file.
+    # Bytes that are no UTF-8 become U+FFFD: they spoil a line, not the file.
+    text = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}
     if file.endswith(".zst"):
-        import zstandard
-
-        return zstandard.open(file, "rt", encoding="utf-8", errors="replace", newline="\n")
+        return zstandard.open(file, "rt", **text)
     if file.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8", errors="replace", newline="\n")
-    return open(file, encoding="utf-8", errors="replace", newline="\n")
+        return gzip.open(file, "rt", **text)
+    return open(file, **text)
