@@ -1,6 +1,7 @@
 """Training of decoders: one at a time, each for one scale (report sections 3.2 and 4.1)."""
 
 from .arguments import PumaDecoderTrainingArguments
+from .callbacks import PumaDecoderSampleCallback
 from .decoder_trainer import PumaDecoderTrainer
 from .denoising_loss import Draws, denoising_loss, denoising_target, draw, sample_noise
 from .features import feature_statistics, pool_to_tokens, standardize_projection
@@ -9,6 +10,7 @@ from .pictures import PumaDecoderCollator
 __all__ = [
     "Draws",
     "PumaDecoderCollator",
+    "PumaDecoderSampleCallback",
     "PumaDecoderTrainer",
     "PumaDecoderTrainingArguments",
     "denoising_loss",

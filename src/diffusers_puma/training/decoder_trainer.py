@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionModel, Trainer
+from transformers import CLIPVisionModel
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -28,7 +28,7 @@ from .features import pool_to_tokens
 from .pictures import PictureEncoder, PumaDecoderCollator
 
 
-class PumaDecoderTrainer(ResumableTrainerMixin, Trainer):
+class PumaDecoderTrainer(ResumableTrainerMixin):
     """`transformers.Trainer` for a decoder: the denoising objective, dropped pictures and averaged weights.
 
     Rows of the data sets hold either `latents` (c, h, w), the VAE's times its scaling factor, and `features` (k_0, C),

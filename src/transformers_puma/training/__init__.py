@@ -3,6 +3,8 @@
 from importlib import import_module
 
 from .arguments import PumaTrainingArguments
+from .callbacks import PumaSampleCallback, SampleCallback
+from .checkpoints import ResumableTrainerMixin, last_whole_checkpoint
 from .collator import PumaDataCollator, PumaPreferenceCollator
 from .initialization import standardize_feature_heads
 from .trainer import PumaTrainer
@@ -23,8 +25,12 @@ __all__ = [
     "PumaPreferenceCollator",
     "PumaSFTConfig",
     "PumaSFTTrainer",
+    "PumaSampleCallback",
     "PumaTrainer",
     "PumaTrainingArguments",
+    "ResumableTrainerMixin",
+    "SampleCallback",
+    "last_whole_checkpoint",
     "puma_lora_config",
     "puma_token_ids",
     "standardize_feature_heads",

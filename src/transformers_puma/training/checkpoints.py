@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, rotate_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-class ResumableTrainerMixin:
-    """Goes before `transformers.Trainer` or a subclass of it, such as TRL's, among the bases of a trainer.
+class ResumableTrainerMixin(Trainer):
+    """Stands before the stock trainer, of transformers or TRL, among the bases of a trainer of PUMA.
 
     - `train(resume_from_checkpoint=True)` goes on from the last whole checkpoint, or starts where there is none: the
       same command starts a run and, after a kill at any moment, continues it to the same losses.

@@ -1,13 +1,13 @@
 """What PUMA's trainers share, on top of `transformers.Trainer` and of its subclasses in TRL."""
 
 import torch
-from transformers import Trainer
 
 from ..granularity import scale_of_position
 from ..modeling_puma import ImagePositions, PumaModel
+from .checkpoints import ResumableTrainerMixin
 
 
-class PumaTrainerMixin(Trainer):
+class PumaTrainerMixin(ResumableTrainerMixin):
     """A frozen encoder, and a learning rate of their own for the projector and the image head."""
 
     def __init__(self, *args, **kwargs):
@@ -75,7 +75,7 @@ class ModelLossMixin(PumaTrainerMixin):
         if num_items_in_batch is not None:
             counts = {"num_text_items": num_items_in_batch[0], "num_image_items": num_items_in_batch[1]}
         noise = self.args.feature_noise if model.training else 0.0
-        outputs = model(**inputs, **counts, feature_noise=noise, use_cache=False)
+        outputs = model(**inputs, **counts, feature_noise=noise, use_cache=False, skip_logits=not return_outputs)
 
         num_batches = self.current_gradient_accumulation_steps if model.training else 1
         share = num_batches * self.accelerator.num_processes if counts else 1

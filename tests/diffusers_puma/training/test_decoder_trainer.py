@@ -212,3 +212,22 @@ def test_bad_arguments_are_refused(tmp_path, arguments, message):
         arguments = {"unet": tiny_unet(64)}
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **arguments)
+
+
+def test_compiled_training_computes_the_same_in_one_graph(tmp_path):
+    smallest = {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "mid_block_type": None,
+    }
+    plain = trainer(tmp_path, tiny_unet(**smallest), max_steps=2)
+    plain.train()
+    torch._dynamo.utils.counters.clear()
+    compiled = trainer(tmp_path, tiny_unet(**smallest), max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    compiled.save_model()
+    assert PumaUNet2DConditionModel.from_pretrained(tmp_path).config.num_tokens == 4

@@ -18,20 +18,19 @@ VELOCITY = {**EPSILON, "prediction_type": "v_prediction", "rescale_betas_zero_sn
 
 def tiny_unet(num_tokens: int = 4, **kwargs) -> PumaUNet2DConditionModel:
     torch.manual_seed(0)
-    return PumaUNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=16,
-        encoder_hid_dim=CHANNELS,
-        encoder_hid_dim_type="text_proj",
-        num_tokens=num_tokens,
-        **kwargs,
-    )
+    defaults = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+        "encoder_hid_dim": CHANNELS,
+        "encoder_hid_dim_type": "text_proj",
+    }
+    return PumaUNet2DConditionModel(num_tokens=num_tokens, **{**defaults, **kwargs})
 
 
 def rows(count: int = 12) -> list[dict[str, torch.Tensor]]:
