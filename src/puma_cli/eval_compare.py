@@ -23,16 +23,14 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     files = [find_results(name) for name in args.runs]
-    if args.plot is None:
-        return print_results(files)
-    from .pictures import check_output
+    if args.plot is not None:
+        from .eval_plot import plot_granularity
+        from .pictures import check_output
 
-    output = check_output(args.plot)
-    results = print_results(files)
-    from .eval_plot import plot_granularity
-
-    plot_granularity(results, output)
-    print(output)
+        plot_granularity(read_all(files), check_output(args.plot))
+    print_results(files)
+    if args.plot is not None:
+        print(args.plot)
 
 
 def find_results(name: str) -> Path:
@@ -53,16 +51,18 @@ def read_results(file: Path) -> dict[str, Any]:
     return results
 
 
-def print_results(files: list[Path]) -> list[dict[str, Any]]:
-    """Prints one or several results of the same evaluation, and returns them.
-
-    Raises:
-        UserError: results of different evaluations.
-    """
+def read_all(files: list[Path]) -> list[dict[str, Any]]:
+    """Raises `UserError` for results of different evaluations."""
     results = [read_results(file) for file in files]
     tasks = {result["task"] for result in results}
     if len(tasks) > 1:
         raise UserError(f"these are results of different evaluations: {', '.join(sorted(tasks))}")
+    return results
+
+
+def print_results(files: list[Path]) -> list[dict[str, Any]]:
+    """Prints one or several results of the same evaluation, and returns them."""
+    results = read_all(files)
     names = [chr(ord("A") + index) for index in range(len(results))]
     print(f"{results[0]['task']}, means with 95 % bootstrap intervals")
     for name, result in zip(names, results, strict=True):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from puma_cli import main
-from tests.diffusers_puma.evaluation.conftest import distribution  # noqa: F401
+from tests.diffusers_puma.evaluation.conftest import clip_name, distribution  # noqa: F401
 
 
 @pytest.fixture
@@ -81,6 +82,67 @@ def test_one_and_two_processes_give_the_same_numbers(
     assert one["settings"] == two["settings"] and one["num_samples"] == two["num_samples"] == 5
     for metric, score in one["scores"]["3"].items():
         assert score == pytest.approx(two["scores"]["3"][metric], abs=2e-2), metric
+
+
+@pytest.fixture(scope="session")
+def edits(tmp_path_factory, pictures) -> Path:
+    """Two edits with captions and targets, which are captions with true pictures as well."""
+    files = sorted(map(str, pictures.rglob("*.png")))
+    rows = {"image": files[:2], "prompt": ["turn it", "again"], "output_caption": ["a", "b"], "target": files[2:4]}
+    folder = tmp_path_factory.mktemp("edits") / "edits"
+    table = Dataset.from_dict(rows).cast_column("image", ImageFeature()).cast_column("target", ImageFeature())
+    table.save_to_disk(folder)
+    return folder
+
+
+def test_generation_editing_and_features(run, fails, full_folder, edits, distribution, clip_name):  # noqa: F811
+    common = ["--model", full_folder, "--data", edits, "--scale", 3, "--size", 32, "--lpips-weights", distribution]
+    status, out, _ = run("generation", *common, "--metrics", "clip", "lpips", "frechet_alexnet", "--clip", clip_name)
+    scores = read_results(Path("runs/eval/generation"))["scores"]["3"]
+    assert status == 0 and scores.keys() == {"clip_t", "clip_i", "lpips_t", "lpips_d", "frechet_alexnet"}
+    assert "scale 3  clip_t" in out and "0.3000" in out
+
+    status, out, _ = run("editing", *common, "--metrics", "clip", "lpips", "--clip", clip_name, "--out", "edits")
+    assert status == 0 and read_results(Path("edits"))["settings"]["seeds"] == [0]
+    assert read_results(Path("edits"))["scores"]["3"].keys() == {"clip_i", "clip_t", "psnr_t", "lpips_t"}
+
+    status, out, _ = run("features", *common, "--edits", "--out", "features")
+    assert status == 0 and "vae      psnr" in out
+    assert {"nmse_forced", "psnr_free"} < read_results(Path("features"))["scores"]["3"].keys()
+
+    fails("choose one", "generation", *common, "--metrics", "fid", "frechet_alexnet")
+    fails("names one twice", "generation", *common, "--metrics", "lpips", "lpips")
+    fails("no such file with Inception weights", "generation", *common, "--metrics", "fid", "--inception-weights", "w")
+
+
+def test_pictures_for_a_benchmarks_own_scorer(run, fails, full_folder, distribution):  # noqa: F811
+    Path("prompts").mkdir()
+    Path("prompts/cat.txt").write_text("a cat")
+    options = ["generation", "--benchmark", "dpg", "--model", full_folder, "--data", "prompts", "--out", "dpg"]
+    status, out, _ = run(*options)
+    assert status == 0 and out.splitlines()[-2:] == ["dpg/results.json", "dpg/scale_3"]
+    with Image.open("dpg/scale_3/cat.png") as sheet:
+        assert sheet.size == (32, 32)
+    fails("--lpips-weights does nothing with --benchmark", *options, "--lpips-weights", distribution)
+    fails("takes 4 pictures of a prompt, got seeds [0]", *options, "--seeds", 0)
+    fails("is not what geneval publishes", "generation", "--benchmark", "geneval", *options[3:])
+
+
+def test_the_granularity_curve(run, fails, tmp_path):
+    scores = {
+        str(scale): {"lpips_d": {"mean": 0.1 + 0.1 * scale}, "psnr_r": {"mean": 20.0 - scale}} for scale in range(5)
+    }
+    for name, task in (("a", "reconstruction"), ("b", "reconstruction"), ("c", "editing")):
+        (tmp_path / name).mkdir()
+        settings = {"model": name, "data": "d"}
+        content = {"task": task, "scores": scores, "num_samples": 1, "settings": settings}
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    status, out, _ = run("compare", "a", "b", "--plot", "curve.png")
+    assert status == 0 and out.endswith("curve.png\n")
+    with Image.open("curve.png") as curve:
+        assert curve.size == (900, 675) and len(curve.convert("RGB").getcolors(2**20)) > 100
+    fails("draws results of reconstruction or generation, not of editing", "compare", "c", "--plot", "c.png")
+    fails("must be a .png file", "compare", "a", "--plot", "curve.pdf")
 
 
 def test_compare_puts_results_beside_the_reports(run, fails, tmp_path):
