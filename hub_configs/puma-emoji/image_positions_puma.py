@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import create_causal_mask
 
 from .granularity import scale_of_position
 
@@ -83,27 +83,13 @@ def blockwise_causal_mask(
             "from one of (B, T), and works with no static cache"
         )
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    blocks = F.pad(blocks, (past, 0), value=-1)
-
-    def same_block(batch, head, query, key):
-        return (blocks[batch, query] == blocks[batch, key]) & (blocks[batch, query] >= 0)
-
-    # Packed rows: `create_causal_mask` would hand positions within a row, not in the sequence, to `same_block`.
-    packed_row = None
-    if position_ids is not None and attention_mask is None and past_key_values is None:
-        packed_row = find_packed_sequence_indices(position_ids)
-
-    def same_row(batch, head, query, key):
-        return packed_row[batch, query] == packed_row[batch, key]
-
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        position_ids=None,
-        or_mask_function=same_block,
-        and_mask_function=same_row if packed_row is not None else None,
+        position_ids=position_ids,
+        block_sequence_ids=F.pad(blocks, (past, 0), value=-1),
     )
 
 

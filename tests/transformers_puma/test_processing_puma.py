@@ -165,3 +165,26 @@ def test_prompts_and_questions_that_do_not_match_their_pictures(processor, pictu
         processor.prepare_question(["a"], [[picture], [picture]])
     with pytest.raises(ValueError, match="list of strings"):
         processor.prepare_generation("a")
+
+
+def test_boxes_in_questions(processor, picture):
+    question = "what is at <box>? <loc_5>"
+    boxes = [[(0, 0, 20, 15)], None]
+    ids = processor.prepare_question([question, "<box>"], [[picture], [picture]], boxes)["input_ids"]
+    decoded = processor.tokenizer.batch_decode(ids)
+    assert "what is at <loc_0><loc_0><loc_112><loc_112>? <loc_5> ASSISTANT:" in decoded[0]
+    assert decoded[1].endswith("[/IMG]<box> ASSISTANT:")
+    locations = set(processor.tokenizer.convert_tokens_to_ids([f"<loc_{i}>" for i in range(224)]))
+    assert [sum(token in locations for token in row) for row in ids.tolist()] == [4, 0]
+    with pytest.raises(ValueError, match="1 questions but 2 lists of boxes"):
+        processor.prepare_question(["a"], [[picture]], [[], []])
+    with pytest.raises(ValueError, match="0 <box> but 1 boxes"):
+        processor.prepare_question(["a"], [[picture]], [[(0, 0, 1, 1)]])
+
+
+def test_a_template_that_does_not_mark_answers(processor):
+    silent = PumaProcessor(
+        processor.image_processor, processor.tokenizer, IMAGE_LENGTH, chat_template="{{ messages[0]['content'] }}"
+    )
+    with pytest.raises(ValueError, match="marks 0 answers .* holds 1 assistant"):
+        silent.encode_conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
