@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from datasets import Dataset
 from PIL import Image
 
 from transformers_puma.training import PumaDataCollator
@@ -324,8 +325,8 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"picture": pictures, "words": ["one", "two"]}), tmp_path / "bytes.parquet")
     options = {"stage": "text_to_image", "image": "picture", "caption": "words"}
     assert captions(list(load_source("parquet", str(tmp_path / "bytes.parquet"), **options))) == ["one", "two"]
-    structs = [{"bytes": data, "path": None} for data in pictures]
-    pq.write_table(pa.table({"image": structs, "caption": ["one", "two"]}), tmp_path / "image.parquet")
+    table = {"image": [picture(seed=i) for i in range(2)], "caption": ["one", "two"]}
+    Dataset.from_dict(table).to_parquet(tmp_path / "image.parquet")
     rows = load_source("parquet", str(tmp_path / "image.parquet"), stage="text_to_image")
     assert captions(list(rows)) == ["one", "two"]
 

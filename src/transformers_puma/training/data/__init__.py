@@ -15,7 +15,7 @@ data = build_training_data(
     image_size=224,
     num_shards=world_size * num_workers,
 )
-data = split_dataset_by_node(data, rank, world_size, strategy="shards")  # or accelerate's `dispatch_batches=False`
+data = split_dataset_by_node(data, rank, world_size, strategy="shards")  # the trainers share a stream by themselves
 ```
 
 Rows, by stage: `{"prompt", "completion", "images"}` (pairs, edits, conditions; with `boxes` for GRIT), `{"messages",
@@ -41,7 +41,7 @@ that is broken is skipped, counted and named in the log; too many of them stop t
 """
 
 from .conversations import CAMBRIAN_IN_ONEVISION, CAMBRIAN_MATH_REASONING, ONEVISION_MATH_REASONING
-from .pipeline import SOURCES, build_training_data, load_source, mix_sources
+from .pipeline import SOURCES, build_training_data, load_source
 from .rows import STAGES
 from .samples import BrokenSampleError, SampleCounter, TooManyBrokenSamplesError
 
@@ -56,5 +56,4 @@ __all__ = [
     "TooManyBrokenSamplesError",
     "build_training_data",
     "load_source",
-    "mix_sources",
 ]

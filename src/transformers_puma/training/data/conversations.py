@@ -11,7 +11,7 @@
 
 Report section 3.4: of OneVision and Cambrian, "data about math/reasoning and cross-duplicated data in the two datasets
 are removed", without saying which. **Choice**: the subsets listed here, by name. What both have is read from
-OneVision.
+OneVision. Cambrian's names are taken from public code that splits it by them, not from the data themselves.
 """
 
 import functools
@@ -26,8 +26,7 @@ from .streams import Paths, entry_stream, find_files, parquet_stream, parse_reco
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
-# Folders of LLaVA-OneVision-Data: the subsets under "Math/Reasoning" in its paper (arXiv 2408.03326) and the other
-# subsets of mathematics, geometry and abstract reasoning.
+# Folders of LLaVA-OneVision-Data on mathematics, geometry and abstract reasoning, with all of MathV360K.
 ONEVISION_MATH_REASONING = frozenset(
     {
         "CLEVR-Math(MathV360K)",
@@ -48,10 +47,6 @@ ONEVISION_MATH_REASONING = frozenset(
         "geo3k",
         "geomverse(cauldron)",
         "intergps(cauldron,llava_format)",
-        "lrv_chart",
-        "magpie_pro(l3_80b_mt)",
-        "magpie_pro(l3_80b_st)",
-        "magpie_pro(qwen2_72b_st)",
         "mathqa",
         "mavis_math_metagen",
         "mavis_math_rule_geo",
@@ -67,7 +62,6 @@ CAMBRIAN_MATH_REASONING = frozenset(
         "geo170k.json",
         "mathinstruct_262k.json",
         "mathvision_3k.json",
-        "orca_994k.json",
         "orca_math_200k.json",
         "geo170k",
         "mathvision",

@@ -197,11 +197,16 @@ def _parse_captioned_file(raw: dict[str, Any]) -> list[Sample]:
         caption = path.with_suffix(".txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BrokenSampleError(f"no caption beside it: {error}") from error
-    return [make_sample(path.name, {"caption": text_field({"caption": caption}, "caption")}, [raw["image"]])]
+    return [make_sample(_file_key(path), {"caption": text_field({"caption": caption}, "caption")}, [raw["image"]])]
+
+
+def _file_key(path: str | Path) -> str:
+    """The file's name and its folder's: the draws should not depend on where the data are."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def _parse_table_row(raw: dict[str, Any], image: str, caption: str) -> list[Sample]:
     picture, text = raw[image], text_field(raw, caption)
     if isinstance(picture, dict) and picture["bytes"] is None and picture["path"]:
-        return [make_sample(picture["path"], {"caption": text}, [picture])]
+        return [make_sample(_file_key(picture["path"]), {"caption": text}, [picture])]
     return [make_sample(text, {"caption": text}, [stored_image(picture, image)])]

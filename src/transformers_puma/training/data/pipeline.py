@@ -71,8 +71,8 @@ def build_training_data(
         image_size: side in pixels that cropped pictures are resized to; None leaves them as the crop has them.
         min_image_size: samples with a picture whose shorter side is under it are left out; default 512 for decoders
             (report, appendix A.1.1), else 1.
-        shuffle_buffer: samples of a source are shuffled in blocks of so many, and its files in any case; 0 keeps both
-            in order.
+        shuffle_buffer: samples of a source are shuffled in blocks of so many, held encoded, and so are its files; 0
+            keeps both in order.
         stopping_strategy: of `datasets.interleave_datasets`: "all_exhausted" (the shorter sources are read again until
             the longest is read), "all_exhausted_without_replacement" (each sample once) or "first_exhausted".
         num_shards: processes times DataLoader workers that will share the stream. Sources of JSON and parquet are cut
@@ -82,7 +82,9 @@ def build_training_data(
 
     Raises:
         ValueError: an unknown stage, source or option; a source of a kind that the stage has no use for; a weight that
-            is not positive. While reading: `TooManyBrokenSamplesError`.
+            is not positive.
+        FileNotFoundError: a path that names nothing.
+        TooManyBrokenSamplesError: while the stream is read.
     """
     _check(sources, stage, image_size, stopping_strategy, num_shards)
     names = [source["name"] for source in sources]
@@ -92,7 +94,7 @@ def build_training_data(
         _read_samples(source, counters[label], num_shards, shuffle_buffer, seed)
         for label, source in zip(labels, sources, strict=True)
     ]
-    samples = mix_sources(streams, [source.get("weight", 1) for source in sources], seed, stopping_strategy)
+    samples = mix_samples(streams, [source.get("weight", 1) for source in sources], seed, stopping_strategy)
     make_rows = RowMaker(
         stage=stage,
         kinds={label: SOURCES[name].kind for label, name in zip(labels, names, strict=True)},
@@ -123,13 +125,17 @@ def load_source(
     )
 
 
-def mix_sources(
+def mix_samples(
     streams: Sequence[IterableDataset],
     weights: Sequence[float],
     seed: int = 0,
     stopping_strategy: str = "all_exhausted",
 ) -> IterableDataset:
-    """Streams of the same features, drawn from in proportion to their weights."""
+    """Streams of samples, drawn from in proportion to their weights.
+
+    Samples are mixed, not rows: `interleave_datasets` must know the features of what it mixes, and would encode the
+    rows' pictures anew to infer theirs.
+    """
     if len(streams) == 1:
         return streams[0]
     total = sum(weights)
