@@ -54,6 +54,14 @@ class Bench:
         network.spatial = True
         return network
 
+    @cached_property
+    def mean_features(self) -> Features:
+        """{scale: (1, 1, C)} over training pictures."""
+        train = self.pictures["train"]
+        rows = torch.tensor(spread(train, MEAN_OF))
+        parts = [self.pipe.encode_image(to_pil(train[part])) for part in rows.split(BATCH)]
+        return {scale: torch.cat([part[scale] for part in parts]).mean((0, 1), keepdim=True) for scale in parts[0]}
+
     def run(
         self, part: str, samples: Sequence[dict], measure: Callable[[list[dict]], list[dict]], **own
     ) -> list[dict]:
