@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.models:
         _report(_evaluate(args, models[0], benchmark, folder))
         return
-    files = [_evaluate(args, model, benchmark, folder / model.name.replace("/", "--")) for model in models]
+    files = [_evaluate(args, model, benchmark, folder / model.name.strip("/").replace("/", "--")) for model in models]
     if None not in files:
         print("\n".join(input_scales_table(sorted(Path(args.out).glob(f"*/*/{RESULTS}")))))
 

@@ -8,7 +8,7 @@ import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ class Question:
     prompt: str
     answers: tuple[str, ...] = ()
     category: str = ALL
-    unit: int | str | None = field(default=None)
+    unit: int | str | None = None
     options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
