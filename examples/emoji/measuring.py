@@ -22,6 +22,7 @@ from transformers_puma.evaluation.runner import bootstrap_mean, run_samples, sam
 
 BATCH = 32
 SHOWN = 10  # samples on a sheet
+SETTINGS_FILES = ("config.json", "model_index.json", "scheduler_config.json", "tokenizer.json", "judge.json")
 MEAN_OF = 256  # training pictures whose mean feature is taken
 Features = dict[int, torch.Tensor]
 Scores = dict[str, torch.Tensor]  # metric -> (B,)
@@ -87,10 +88,10 @@ class Bench:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Of all weights and configurations of a folder."""
+    """Of the weights, settings and tables of a folder."""
     digest = hashlib.sha256()
     for file in sorted(Path(folder).rglob("*")):
-        if file.suffix in (".safetensors", ".json", ".arrow") and file.name not in ("training.json", "results.json"):
+        if file.suffix in (".safetensors", ".arrow") or file.name in SETTINGS_FILES:
             digest.update(f"{file.relative_to(folder)}".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

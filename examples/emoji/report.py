@@ -64,6 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=Path, default=Path("data/emoji-evaluation"), help="of emoji_evaluation.py")
     parser.add_argument("--judge", type=Path, default=Path("runs/emoji/judge"), help="of train_judge.py")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/report"))
+    parser.add_argument("--samples", type=Path, help="folder of the finished samples (default: OUT/samples)")
     parser.add_argument("--lpips-weights", type=Path, help="AlexNet's, default those that load_lpips downloads once")
     parser.add_argument("--count", type=int, default=64, help="held-out samples of a part")
     return parser.parse_args(argv)
@@ -84,16 +85,18 @@ def main(argv: list[str] | None = None) -> None:
     if from_words:
         settings |= {"judge": fingerprint(arguments.judge), "tasks": fingerprint(arguments.tasks)}
     judge = judge and judge.to(device)
-    bench = Bench(pipe, judge, pictures, arguments.out / "samples", settings, arguments.lpips_weights)
+    folder = arguments.samples or arguments.out / "samples"
+    bench = Bench(pipe, judge, pictures, folder, settings, arguments.lpips_weights)
 
     results = measure(bench, tasks, arguments.count)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     write_sheets(bench, results, arguments.out)
     plots = write_plots(results, arguments.out)
-    settings |= {"path of the model": str(arguments.model), "path of the data": str(arguments.data)}
+    described = settings | {"path of the model": str(arguments.model), "path of the data": str(arguments.data)}
     if from_words:
-        settings["judge on real pictures"] = judge_ceiling(arguments.judge)
-    write_json(arguments.out / "report.json", {"settings": settings, "versions": versions(), **results})
-    page = write_page(results, settings, plots)
+        described["judge on real pictures"] = judge_ceiling(arguments.judge)
+    write_json(arguments.out / "report.json", {"settings": described, "versions": versions(), **results})
+    page = write_page(results, described, plots)
     (arguments.out / "report.md").write_text(page, encoding="utf-8")
     print(page)
 
