@@ -143,7 +143,7 @@ def measure_variant(
 
 
 def measure(models: dict[str, Path], arguments: argparse.Namespace) -> dict:
-    """Of each variant; one that was measured before is read."""
+    """Of each variant; samples that were measured before are read."""
     pictures, tasks = load_pictures(str(arguments.data)), load_from_disk(str(arguments.tasks))
     judge = Judge.load(arguments.judge).to("cuda" if torch.cuda.is_available() else "cpu")
     return {name: measure_variant(folder, arguments, pictures, tasks, judge) for name, folder in models.items()}

@@ -288,3 +288,23 @@ def test_an_equal_budget_must_be_named():
     command = " ".join(stage.arguments)
     assert "--max_steps 7 " in command and command.endswith("--image_head flow --hidden_size 64")
     assert len(compare_decodings.variants()) == 6
+
+
+def test_variants_are_put_in_one_table(data, tasks, trained, tmp_path):
+    pipe = PumaPipeline.from_pretrained(trained["model"], scales=[])
+    pipe.mllm.save_pretrained(tmp_path / "variant")
+    pipe.processor.save_pretrained(tmp_path / "variant")
+    record = {"steps": 7, "log": [{"train_runtime": 12.0, "train_steps_per_second": 0.5}]}
+    (tmp_path / "variant" / "training.json").write_text(json.dumps(record))
+    assert compare_decodings.steps_per_second(tmp_path / "variant") == 0.5
+    options = {**trained, "data": data, "tasks": tasks, "out": tmp_path, "count": 1, "steps": 7}
+    arguments = compare_decodings.parse(
+        [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    )
+    results = compare_decodings.measure({"variant": tmp_path / "variant"}, arguments)
+    result = results["variant"]
+    assert (result["steps"], result["training seconds"], result["cost"]["passes, scale 0"]) == (7, 12.0, 341)
+    assert result["text_to_image"]["samples"] == 1 and result["edits"]["samples"] == 2
+    assert "pictures" not in result["features"]
+    page = compare_decodings.write_page(results)
+    assert page.count("| variant |") == 1 + 3 + len(compare_decodings.TEXT_TO_IMAGE) and "| variant, scale 0 |" in page
