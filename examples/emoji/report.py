@@ -66,7 +66,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/report"))
     parser.add_argument("--samples", type=Path, help="folder of the finished samples (default: OUT/samples)")
     parser.add_argument("--lpips-weights", type=Path, help="AlexNet's, default those that load_lpips downloads once")
-    parser.add_argument("--count", type=int, default=64, help="held-out samples of a part")
+    parser.add_argument("--count", type=int, default=48, help="held-out samples of a part")
     return parser.parse_args(argv)
 
 
