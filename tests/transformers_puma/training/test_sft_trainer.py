@@ -161,3 +161,15 @@ def test_without_trl_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"PumaSFTTrainer needs trl: pip install 'puma-hub\[train\]'"):
         training.__getattr__("PumaSFTTrainer")
+
+
+def test_a_resumed_run_equals_an_unbroken_one(processor, tmp_path):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
+    options |= dict(per_device_train_batch_size=1, packing=True, feature_noise=0.1)
+    unbroken = make_trainer(processor, tmp_path, stream(make_rows()), **options)
+    unbroken.train()
+    resumed = make_trainer(processor, tmp_path, stream(make_rows()), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert history(resumed, "loss")[2:] == history(unbroken, "loss")[2:]
+    for ours, theirs in zip(resumed.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
