@@ -83,6 +83,7 @@ def test_journeydb(tmp_path):
     ]
     records[1]["Task2"] = {}
     write_json_lines(split / "train_anno_realease_repath.jsonl", records)
+    write_json_lines(split / "train_anno.jsonl", records)  # the same before the pictures were moved
     for i in range(3):
         write_picture(split / f"imgs/000/{i}.jpg", seed=i)
     rows = list(load_source("journeydb", str(split), stage="text_to_image"))
@@ -266,6 +267,8 @@ def test_seed_data_edit(tmp_path):
     assert {row["completion"] for row in rows} == {"<image>"} and {len(row["images"]) for row in rows} == {2}
     rewritten = load_source("seed_data_edit", str(tmp_path), annotations="annotations_GPT4V")
     assert captions(list(rewritten)) == ["<image>rewritten"]
+    with pytest.raises(FileNotFoundError, match="no folder named annotation in"):
+        load_source("seed_data_edit", str(tmp_path), annotations="annotation")
 
 
 def test_seed_data_edit_turns_follow_each_other(tmp_path):

@@ -13,6 +13,7 @@ Layout, from the cards of huggingface.co/datasets/AILab-CVC/SEED-Data-Edit-Part1
 """
 
 import functools
+import os
 from pathlib import Path
 
 from .readers import Reader, line_place
@@ -28,8 +29,15 @@ def seed_data_edit(
     Args:
         annotations: the name of the folders that are read, beside `images`; "annotations_GPT4V" for part 1 rewritten.
     """
-    files = find_files(path, [f"{annotations}/*.jsonl"], seed)
-    return Reader(line_stream(files, num_shards), _parse_edit, line_place)
+    found = []
+    for folder, subfolders, _ in os.walk(path):
+        # Those of the pictures have millions of files, and nothing else below them.
+        subfolders[:] = [name for name in subfolders if name != "images"]
+        if os.path.basename(folder) == annotations:
+            found.append(f"{folder}/*.jsonl")
+    if not found:
+        raise FileNotFoundError(f"no folder named {annotations} in {path}")
+    return Reader(line_stream(find_files(sorted(found), [], seed), num_shards), _parse_edit, line_place)
 
 
 def _parse_edit(raw: dict[str, str]) -> list[Sample]:

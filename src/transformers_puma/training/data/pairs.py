@@ -19,7 +19,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 
 from ...processing_puma import BOX_MARK, IMAGE_TOKEN
 from .readers import Reader, line_place, tar_place
@@ -68,7 +68,7 @@ def journeydb(path: str, *, num_shards: int = 1, seed: int | None = None, captio
     if caption not in ("prompt", "caption"):
         raise ValueError(f"caption must be 'prompt' or 'caption', got {caption!r}")
     folder = Path(path)
-    stream = line_stream(find_files(folder, ["*_anno*.jsonl"], seed), num_shards)
+    stream = line_stream(find_files(folder / "*_repath.jsonl", [], seed), num_shards)
     return Reader(stream, functools.partial(_parse_journeydb, images=folder / "imgs", caption=caption), line_place)
 
 
@@ -113,7 +113,7 @@ def parquet(
     return Reader(stream, parse, functools.partial(_row_place, caption=caption))
 
 
-def _check_columns(stream, names: list[str]) -> None:
+def _check_columns(stream: IterableDataset, names: list[str]) -> None:
     missing = [name for name in names if name not in stream.features]
     if missing:
         raise ValueError(f"no column {', '.join(missing)}; the columns are {', '.join(stream.features)}")
