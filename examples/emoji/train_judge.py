@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from emoji_tasks import caption as plain_caption
 from emoji_training import (
     COLOURINGS,
     EmojiPictures,
@@ -25,6 +24,7 @@ from emoji_training import (
     run_stage,
     uniform,
 )
+from emoji_words import caption as plain_caption
 from judge import HEADS, UNKNOWN, Judge, accuracies
 from torchvision.transforms.functional import gaussian_blur
 from train_encoder import build_tokenizer, caption, scene_caption, tokenize
