@@ -1,10 +1,10 @@
 """Teach a decoder a new style through LoRA, on drawings made from pictures: an adapter of 2.6 MB.
 
-    python examples/lora_style.py --model hub_configs/puma-emoji --data data/emoji --out runs/blueprint
+    python examples/lora_style.py --model hub_configs/puma-emoji --data data/emoji --out runs/cyanotype
 
-The decoder gets the features of a picture and learns to draw its blueprint, white lines on blue. The language model,
+The decoder gets the features of a picture and learns to draw its cyanotype, white on blue. The language model,
 the encoder and the decoder's own weights stay as they are, so whatever the model can draw it can then draw so. OUT
-holds the adapter, `before_after.png`, and `results.json` with the distance to true blueprints before and after. The
+holds the adapter, `before_after.png`, and `results.json` with the distance to true cyanotypes before and after. The
 same command again goes on from the last whole checkpoint.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import load_from_disk
 from diffusers import DDPMScheduler
 from peft import LoraConfig
@@ -24,7 +23,7 @@ from diffusers_puma import PumaPipeline
 from diffusers_puma.contact_sheet import contact_sheet
 from diffusers_puma.training import PumaDecoderTrainer, PumaDecoderTrainingArguments
 
-PAPER = torch.tensor([0.10, 0.25, 0.60])[:, None, None]  # blue; lines are white
+PAPER = np.array([0.06, 0.20, 0.50], dtype=np.float32)  # Prussian blue
 LAYERS = (
     r".*(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|conv1|conv2|conv_in|conv_out|time_emb_proj)"
 )
@@ -33,25 +32,22 @@ ADAPTER = "style"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def blueprint(picture: Image.Image) -> Image.Image:
-    """White lines where brightness or colour changes, on blue."""
-    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float()[None] / 255
-    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    kernels = torch.stack([sobel, sobel.T])[:, None].repeat(3, 1, 1, 1)
-    slopes = F.conv2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), kernels, groups=3)
-    lines = slopes.square().sum(1).sqrt().clamp(max=1)
-    drawn = PAPER + (1 - PAPER) * lines
-    return Image.fromarray((255 * drawn).round().byte().permute(1, 2, 0).numpy())
+def cyanotype(picture: Image.Image) -> Image.Image:
+    """As sunlight prints it: the white paper blue, and the lighter the farther from white a pixel is."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    # Colours count in full, greys and blacks by their darkness.
+    ink = 1 - (pixels.min(-1, keepdims=True) + pixels.mean(-1, keepdims=True)) / 2
+    return Image.fromarray((255 * (PAPER + (1 - PAPER) * ink)).round().astype(np.uint8))
 
 
 @torch.no_grad()
 def make_rows(pipe: PumaPipeline, pictures: list[Image.Image]) -> list[dict[str, torch.Tensor]]:
-    """Training rows: features of the pictures, and latents of their blueprints."""
+    """Training rows: features of the pictures, and latents of their cyanotypes."""
     rows = []
     for start in range(0, len(pictures), 64):
         batch = pictures[start : start + 64]
         features = pipe.encode_image(batch)[0]
-        drawings = pipe.image_processor.preprocess([blueprint(picture) for picture in batch])
+        drawings = pipe.image_processor.preprocess([cyanotype(picture) for picture in batch])
         latents = pipe.vae.encode(drawings).latent_dist.mode() * pipe.vae.config.scaling_factor
         rows += [{"latents": l, "features": f} for l, f in zip(latents, features, strict=True)]  # noqa: E741
     return rows
@@ -88,9 +84,9 @@ def draw(pipe: PumaPipeline, scale: int, **source) -> list[Image.Image]:
 
 
 def distance(drawings: list[Image.Image], pictures: list[Image.Image]) -> float:
-    """Root mean squared difference to the blueprints of the pictures, of 255."""
+    """Root mean squared difference to the cyanotypes of the pictures, of 255."""
     differences = [
-        np.asarray(drawn, dtype=float) - np.asarray(blueprint(picture), dtype=float)
+        np.asarray(drawn, dtype=float) - np.asarray(cyanotype(picture).resize(drawn.size), dtype=float)
         for drawn, picture in zip(drawings, pictures, strict=True)
     ]
     return float(np.sqrt(np.mean(np.square(differences))))
@@ -100,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="hub_configs/puma-emoji")
     parser.add_argument("--data", default="data/emoji", help="folder that examples/emoji/build_dataset.py wrote")
-    parser.add_argument("--out", type=Path, default=Path("runs/blueprint"))
+    parser.add_argument("--out", type=Path, default=Path("runs/cyanotype"))
     parser.add_argument("--scale", type=int, default=3, help="whose decoder")
     parser.add_argument("--pictures", type=int, default=2048, help="how many to train on")
     parser.add_argument("--held_out", type=int, default=16, help="how many unseen pictures to measure on")

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         source.model, dtype=torch.float32, attn_implementation=source.attn_implementation
     )
     processor = AutoProcessor.from_pretrained(source.model)
-    run(PumaTrainer(model, arguments, processing_class=processor, train_dataset=data.load(arguments.seed)))
+    run(PumaTrainer(model, arguments, processing_class=processor, train_dataset=data.load(arguments)))
 
 
 if __name__ == "__main__":

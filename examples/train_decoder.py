@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         noise_scheduler=DDPMScheduler.from_pretrained(decoder.model, subfolder="scheduler"),
         image_encoder=load_encoder(decoder.encoder or decoder.model)[0],
         vae=AutoencoderKL.from_pretrained(decoder.model, subfolder="vae"),
-        train_dataset=data.load(arguments.seed),
+        train_dataset=data.load(arguments),
     )
     run(trainer)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from trl import TrlParser
 
 from transformers_puma.training.data import STAGES, build_training_data
@@ -26,14 +26,15 @@ class DataArguments:
         default=0.05, metadata={"help": "a larger share of broken samples of a source stops the run"}
     )
 
-    def load(self, seed: int) -> IterableDataset:
-        sources = [source | self._below_root(source) for source in self.sources]
+    def load(self, arguments: TrainingArguments) -> IterableDataset:
+        """The stream, in enough parts for every process and each of its workers."""
         return build_training_data(
-            sources,
+            [source | self._below_root(source) for source in self.sources],
             self.stage,
-            seed=seed,
+            seed=arguments.seed,
             image_size=self.image_size,
             shuffle_buffer=self.shuffle_buffer,
+            num_shards=arguments.world_size * max(arguments.dataloader_num_workers, 1),
             max_broken_share=self.max_broken_share,
         )
 

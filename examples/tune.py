@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(tuning.model)
     if tuning.lora_r is not None:
         model = tuning.add_adapter(model, processor, arguments.gradient_checkpointing)
-    run(PumaTrainer(model, arguments, processing_class=processor, train_dataset=data.load(arguments.seed)))
+    run(PumaTrainer(model, arguments, processing_class=processor, train_dataset=data.load(arguments)))
 
 
 if __name__ == "__main__":

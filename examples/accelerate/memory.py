@@ -141,8 +141,8 @@ def activation_bytes(config: PumaConfig, training: dict) -> dict[str, float]:
     return {
         f"kept of {text.num_hidden_layers} layers": kept * text.num_hidden_layers,
         "one layer and its gradients": 2 * layer,
-        # Rows of text alone: logits, the supervised ones, and both gradients; their copy in fp32, softmax, gradient.
-        "logits and loss": (4 * HALF + 3 * FULL) * tokens * text.vocab_size,
+        # Rows of text alone, all supervised: logits and their gradient; in fp32 a copy, its softmax and gradient.
+        "logits and loss": (2 * HALF + 3 * FULL) * tokens * text.vocab_size,
         "encoder (no gradient), a layer": HALF * patches * (4 * vision.hidden_size + 2 * vision.intermediate_size),
     }
 
