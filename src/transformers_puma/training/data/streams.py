@@ -55,7 +55,8 @@ def find_files(paths: Paths, patterns: Sequence[str], seed: int | None = None) -
         else:
             files = {path} if os.path.exists(path) else set(glob.glob(path, recursive=True))
         if not files:
-            raise FileNotFoundError(f"no files at {path} (a folder is searched for {', '.join(patterns)})")
+            searched = f" (in a folder: {', '.join(patterns)})" if patterns else ""
+            raise FileNotFoundError(f"no files at {path}{searched}")
         found += sorted(files)
     if seed is not None:
         random.Random(seed).shuffle(found)
