@@ -59,6 +59,11 @@ class Drawer:
             "dtype": str(self.pipe.dtype).removeprefix("torch."),
         }
 
+    def require_one_seed(self) -> None:
+        """Raises `ValueError` for several, where they would be drawn and not looked at."""
+        if len(self.seeds) > 1:
+            raise ValueError(f"this evaluation draws each sample once, got seeds {self.seeds}")
+
     def draw(self, ids: list[int | str], resize: bool = True, **inputs: Any) -> dict[int, list[list[Image.Image]]]:
         """Pictures of a batch.
 

@@ -22,7 +22,7 @@ class Editing:
     clip_t: CLIP's cosine between the edited picture and the target's caption.
     psnr_t, lpips_t: against the target's true picture, for data that has it.
 
-    The report has one picture of each scale; with several seeds, all scores are of the first.
+    The drawer has one seed: the report has one picture of each scale.
     """
 
     task = "editing"
@@ -36,6 +36,7 @@ class Editing:
     ) -> None:
         if clip is None and dino is None and lpips is None:
             raise ValueError("nothing to measure: pass at least one of clip, dino and lpips")
+        drawer.require_one_seed()
         self.drawer, self.clip, self.dino, self.lpips = drawer, clip, dino, lpips
 
     def settings(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ ERRORS = {"forced": ("forced", "truth"), "free": ("free", "truth"), "drift": ("f
 
 
 class FeatureErrors:
-    """Errors of features and of what is decoded from them, at every scale of a `Drawer`; of its first seed.
+    """Errors of features and of what is decoded from them, at every scale of a `Drawer`, which has one seed.
 
     nmse_forced, nmse_free: squared error against the truth, in units of the variance of true features over the data
         (1 is what predicting their mean would give).
@@ -54,6 +54,7 @@ class FeatureErrors:
     task = "features"
 
     def __init__(self, drawer: Drawer, folder: str | Path, lpips: torch.nn.Module) -> None:
+        drawer.require_one_seed()
         self.drawer, self.folder, self.lpips = drawer, Path(folder), lpips
         self._arrays = ArrayFile(folder)
 
@@ -111,8 +112,10 @@ class FeatureErrors:
         unet = getattr(pipe, f"unet_{min(self.drawer.scales)}")
         size = unet.config.sample_size * pipe.vae_scale_factor
         pixels = 2 * to_tensor([as_square(target, size) for target in targets]) - 1
-        device = bring_in(pipe, pipe.vae)
-        latents = pipe.vae.encode(pixels.to(device, pipe.vae.dtype)).latent_dist.mode()
+        device, dtype = bring_in(pipe, pipe.vae), pipe.vae.dtype
+        # In fp16 an encoder of SDXL's kind overflows as its decoder does.
+        latents = pipe.vae.to(torch.float32).encode(pixels.to(device)).latent_dist.mode()
+        pipe.vae.to(dtype)
         decoded = pipe.decode_latents(latents * pipe.vae.config.scaling_factor)
         pictures = pipe.image_processor.postprocess(decoded, "pil")
         drawn = to_tensor([as_square(picture, self.drawer.size) for picture in pictures])

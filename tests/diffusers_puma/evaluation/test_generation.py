@@ -94,6 +94,11 @@ def test_nothing_to_measure(drawer, tmp_path):
         Editing(drawer)
 
 
+def test_an_edit_is_drawn_once(drawer, clip_name):
+    with pytest.raises(ValueError, match=r"draws each sample once, got seeds \[0, 1\]"):
+        Editing(drawer, load_clip(clip_name))
+
+
 def test_editing(full_pipeline, pictures, lpips, clip_name):
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
