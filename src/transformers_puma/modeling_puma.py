@@ -214,6 +214,7 @@ class PumaModel(PumaPreTrainedModel):
         image_loss_mask: torch.Tensor | None = None,
         feature_noise: float = 0.0,
         attention_blocks: torch.Tensor | None = None,
+        run_image_modules: bool = False,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PumaModelOutputWithPast:
@@ -228,6 +229,8 @@ class PumaModel(PumaPreTrainedModel):
                 over the batch, drawn up to this for each image; regression targets stay clean.
             attention_blocks: (B, T) long, with `inputs_embeds` only: positions of equal numbers from 0 see each other
                 beside what causality lets them see; -1 for none.
+            run_image_modules: for text alone too. Sharded training (FSDP, ZeRO-3) waits for ever if one process runs a
+                module that another does not.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; images without `input_ids` or from more
@@ -255,9 +258,8 @@ class PumaModel(PumaPreTrainedModel):
             if self.config.image_decoding == "next_scale":
                 attention_blocks = positions.scale_blocks(self.config.tokens_per_scale)
         elif input_ids is not None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            if self.training:
-                inputs_embeds = inputs_embeds + 0 * self._blank_image(inputs_embeds)
+            blank = self._blank_image() if run_image_modules else 0
+            inputs_embeds = self.get_input_embeddings()(input_ids) + 0 * blank
 
         if attention_blocks is not None:
             attention_mask = blockwise_causal_mask(
@@ -284,16 +286,13 @@ class PumaModel(PumaPreTrainedModel):
             image_positions=positions,
         )
 
-    def _blank_image(self, like: torch.Tensor) -> torch.Tensor:
-        """A number that depends on every module that images pass.
-
-        Sharded training (FSDP, ZeRO-3) waits for ever if one process runs a module that another does not, so a batch
-        of text alone passes them too.
-        """
+    def _blank_image(self) -> torch.Tensor:
+        """A number that depends on every module that images pass, run in their order (see `embed`)."""
         size = self.config.vision_config.image_size
-        states = self.get_image_features(like.new_zeros(1, 3, size, size), return_dict=True).pooler_output
+        features = flatten_scales(self.encode_image(self.projector.weight.new_zeros(1, 3, size, size)))
+        states = self._project(features)
         if self.config.image_decoding != "autoregressive":
-            states = states + self.image_queries.weight
+            states = states + self.written_states(features, slice(0, features.shape[1]))
         return states.sum()
 
     def _check_images(self, positions: ImagePositions, images: torch.Tensor):
@@ -394,6 +393,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             image_features=image_features,
             image_loss_mask=image_loss_mask,
             feature_noise=feature_noise,
+            run_image_modules=labels is not None,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
