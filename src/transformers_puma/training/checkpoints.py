@@ -92,6 +92,17 @@ class ResumableTrainerMixin(Trainer):
                 raise ValueError(f"{resume_from_checkpoint} is not whole: {missing} missing or cut short")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        epochs_trained, steps_trained_in_current_epoch = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args
+        )
+        # The stock loop looks whether it is done after a step, and would train one more than an unbroken run.
+        if self.state.global_step >= max_steps:
+            epochs_trained = num_train_epochs
+        return epochs_trained, steps_trained_in_current_epoch
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss).all():
@@ -118,7 +129,8 @@ class ResumableTrainerMixin(Trainer):
                 write_manifest(checkpoint)
         # torch reports a failed write as a RuntimeError, safetensors as its own error.
         except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(self.args.output_dir).free / 2**20
+            folder = next(path for path in checkpoint.absolute().parents if path.exists())
+            free = shutil.disk_usage(folder).free / 2**20
             if self.args.should_save:
                 shutil.rmtree(checkpoint, ignore_errors=True)
             raise OSError(

@@ -46,6 +46,14 @@ def test_killed_run_goes_on_to_the_same_losses(tmp_path):
     assert Path(broken, "rank_0.eval").read_text() == Path(unbroken, "rank_0.eval").read_text()
 
 
+def test_finished_run_does_nothing_when_started_again(tmp_path):
+    arguments = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    run, again = trainer(tmp_path, **arguments), trainer(tmp_path, **arguments)
+    run.train(resume_from_checkpoint=True)
+    assert again.train(resume_from_checkpoint=True).global_step == 3
+    assert_same_weights(again.model, run.model)
+
+
 class Disk(TrainerCallback):
     """Lets no file grow beyond 20 kB once the first checkpoint is there: writing fails as on a full disk."""
 

@@ -71,11 +71,18 @@ def trainer(
 
 
 def main(folder: str, options: str) -> None:
-    """Trains in `folder`, goes on where it stands, and leaves the result of each process in `folder`/rank_<r>."""
+    """Trains in `folder`, goes on where it stands, and leaves the result of each process in `folder`/rank_<r>.
+
+    `kill_in_step` is where it kills itself, `again_from` the checkpoint from which it then trains a second time.
+    """
     options = json.loads(options)
+    again_from = options.pop("again_from", None)
     callbacks = [KillInStep(options.pop("kill_in_step"))] if "kill_in_step" in options else None
     run = trainer(folder, callbacks=callbacks, **options)
     run.train(resume_from_checkpoint=True)
+    if again_from is not None:
+        run = trainer(folder, **options)
+        run.train(resume_from_checkpoint=f"{folder}/checkpoint-{again_from}")
     evaluated = run.evaluate()["eval_loss"]
     result = Path(folder, f"rank_{run.args.process_index}")
     write_result(run, result)
