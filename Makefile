@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint report clean
 
 demo: .venv/.runtime
 	$(BIN)/python examples/demo.py
@@ -11,6 +11,22 @@ test: .venv/.test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The small model measured on held-out pictures, by a judge that is trained apart from it; what is there is not done anew.
+report: .venv/.test | data/emoji-evaluation runs/emoji/judge
+	$(BIN)/python examples/emoji/report.py
+
+data/emoji:
+	$(BIN)/python examples/emoji/build_dataset.py --out $@
+
+data/emoji-scenes: | data/emoji
+	$(BIN)/python examples/emoji/build_scenes.py --out $@
+
+data/emoji-evaluation: | data/emoji-scenes
+	$(BIN)/python examples/emoji/emoji_evaluation.py --out $@
+
+runs/emoji/judge: | data/emoji
+	$(BIN)/python examples/emoji/train_judge.py --out $@
 
 lint: .venv/.test
 	$(BIN)/python -m ruff check --fix .
