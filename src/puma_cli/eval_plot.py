@@ -24,8 +24,11 @@ def plot_granularity(results: list[dict[str, Any]], output: Path) -> None:
     if task not in AXES:
         raise UserError(f"--plot draws results of {' or '.join(AXES)}, not of {task}")
     names = [metric for metric, _ in AXES[task]]
-    curves = {result["settings"]["model"]: _points(result["scores"], names, "mean") for result in results}
-    without = [model for model, points in curves.items() if not points]
+    curves = {}
+    for index, result in enumerate(results):
+        label = f"{chr(ord('A') + index)}: {result['settings']['model']}"
+        curves[label] = _points(result["scores"], names, "mean")
+    without = [label for label, points in curves.items() if not points]
     if without:
         raise UserError(f"--plot needs {' and '.join(names)}, and the results of {without[0]} lack one")
     reported = _points(REPORT[task], names, None)

@@ -134,13 +134,16 @@ def test_the_granularity_curve(run, fails, tmp_path):
     }
     for name, task in (("a", "reconstruction"), ("b", "reconstruction"), ("c", "editing")):
         (tmp_path / name).mkdir()
-        settings = {"model": name, "data": "d"}
+        settings = {"model": "m", "data": "d"}
         content = {"task": task, "scores": scores, "num_samples": 1, "settings": settings}
         (tmp_path / name / "results.json").write_text(json.dumps(content))
     status, out, _ = run("compare", "a", "b", "--plot", "curve.png")
     assert status == 0 and out.endswith("curve.png\n")
     with Image.open("curve.png") as curve:
         assert curve.size == (900, 675) and len(curve.convert("RGB").getcolors(2**20)) > 100
+    both = Path("curve.png").read_bytes()
+    run("compare", "a", "--plot", "curve.png")
+    assert Path("curve.png").read_bytes() != both  # two runs of one model are two curves
     fails("draws results of reconstruction or generation, not of editing", "compare", "c", "--plot", "c.png")
     fails("must be a .png file", "compare", "a", "--plot", "curve.pdf")
 
