@@ -129,7 +129,8 @@ def check_libraries():
     assert_equal(AutoencoderKL.from_pretrained("tester/ddim", subfolder="vae"), vae)
     noise = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2, "output_type": "np"}
     images = pipeline(**noise).images
-    assert (pulled(**noise | {"generator": torch.Generator().manual_seed(0)}).images == images).all()
+    again = pulled(**noise | {"generator": torch.Generator().manual_seed(0)}).images
+    assert abs(again - images).max() < 1e-4
 
 
 @pytest.mark.parametrize("check", [check_files, check_libraries], ids=lambda check: check.__name__)

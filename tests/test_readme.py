@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
-from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from .hub_server import HubServer
@@ -22,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 SHELL = "".join(re.findall(r"```bash\n(.*?)```", README, re.S))
 COMMANDS = [line.split("#")[0].strip() for line in SHELL.splitlines()]
 # Run by other tests, at sizes that a test can afford.
-ELSEWHERE = ("make test", "python examples/emoji/train.py")
+ELSEWHERE = ("make test", "make report", "python examples/emoji/train.py")
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +55,6 @@ def make_encoder(folder: Path) -> None:
     CLIPVisionModel(config).save_pretrained(folder)
 
 
-def make_emoji(folder: Path) -> None:
-    """In place of the whole emoji data set: one picture for each split."""
-    sys.path.insert(0, str(ROOT / "examples" / "emoji"))
-    from build_dataset import FEATURES
-
-    text = {name: "bear" for name in ("name", "codepoints", "base", "group", "subgroup", "tone", "gender")}
-    row = {"image": Image.open(ROOT / "examples/assets/bear.png"), "style": "noto", "tags": ["animal"], **text}
-    splits = ("train", "heldout_concept", "heldout_pair")
-    DatasetDict({split: Dataset.from_list([row], features=FEATURES) for split in splits}).save_to_disk(str(folder))
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, checkout):
     if command.startswith(ELSEWHERE):
@@ -79,8 +66,6 @@ def test_command(command, checkout):
         make_language_model(checkout / "llm")
         make_encoder(checkout / "vision")
         command = command.replace("meta-llama/Meta-Llama-3-8B", "llm").replace("open_clip:ViT-L-14/openai", "vision")
-    if command.startswith("python examples/emoji/measure.py"):
-        make_emoji(checkout / "data/emoji")
     program, *arguments = shlex.split(command)
     before = set(checkout.rglob("*"))
     output = run([sys.executable, *(["-m", "puma_cli"] if program == "puma" else []), *arguments], checkout)
@@ -92,6 +77,10 @@ def check_elsewhere(command: str) -> None:
     if command == "make test":
         recipe = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, check=True, capture_output=True, text=True)
         assert "-m pytest" in recipe.stdout and shutil.which("make")
+        return
+    if command == "make report":
+        recipe = subprocess.run(["make", "--dry-run", "report"], cwd=ROOT, check=True, capture_output=True, text=True)
+        assert "examples/emoji/report.py" in recipe.stdout and (ROOT / "examples/emoji/report.py").is_file()
         return
     script, *arguments = shlex.split(command)[1:]
     options = run([sys.executable, script, "--help"], ROOT)

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 
 
-def text_loss(logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None = None) -> torch.Tensor:
+def text_loss(
+    logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Cross entropy of next-token prediction, averaged over supervised text tokens.
 
     Args:

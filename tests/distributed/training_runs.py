@@ -7,6 +7,7 @@ Each starts from the model FOLDER/start, and leaves FOLDER/NAME, a model folder 
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -112,11 +113,13 @@ def fsdp2(folder: Path) -> None:
 
 
 def zero3(folder: Path) -> None:
-    """With the settings of the examples; what "auto" leaves open comes from the arguments."""
+    """With the settings of the examples, told as `accelerate launch` tells them; "auto" comes from the arguments."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles that first, on every new machine
-    arguments = make_arguments(folder / "zero3", WORLD_SIZE, use_cpu=False, deepspeed=str(ZERO3))
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ZERO3)
+    arguments = make_arguments(folder / "zero3", WORLD_SIZE, use_cpu=False, ddp_backend="gloo")
     trainer = run_trainer(arguments, load(folder))
     assert dist.get_world_size() == trainer.accelerator.num_processes == WORLD_SIZE
     assert trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3

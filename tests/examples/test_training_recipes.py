@@ -1,5 +1,6 @@
 """The report's values in the YAML files, and the small version of every stage, run from its own file."""
 
+import importlib.util
 import json
 import re
 import sys
@@ -20,9 +21,14 @@ sys.path[:0] = [str(EXAMPLES), str(CONFIGS / "small")]
 
 import make_data  # noqa: E402
 import pretrain  # noqa: E402
-import train_decoder  # noqa: E402
 import tune  # noqa: E402
 from training_recipe import DataArguments, parse_recipe  # noqa: E402
+
+# By its path: examples/emoji has a script of the same name.
+_spec = importlib.util.spec_from_file_location("examples_train_decoder", EXAMPLES / "train_decoder.py")
+train_decoder = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = train_decoder
+_spec.loader.exec_module(train_decoder)
 
 SCRIPTS = {
     "decoders": train_decoder,
