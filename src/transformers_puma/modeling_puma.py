@@ -258,7 +258,7 @@ class PumaModel(PumaPreTrainedModel):
             if self.config.image_decoding == "next_scale":
                 attention_blocks = positions.scale_blocks(self.config.tokens_per_scale)
         elif input_ids is not None:
-            blank = self._blank_image() if run_image_modules else 0
+            blank = self._blank_image(input_ids.device) if run_image_modules else 0
             inputs_embeds = self.get_input_embeddings()(input_ids) + 0 * blank
 
         if attention_blocks is not None:
@@ -286,10 +286,13 @@ class PumaModel(PumaPreTrainedModel):
             image_positions=positions,
         )
 
-    def _blank_image(self) -> torch.Tensor:
-        """A number that depends on every module that images pass, run in their order (see `embed`)."""
+    def _blank_image(self, device: torch.device) -> torch.Tensor:
+        """A number that depends on every module that images pass, run in their order (see `embed`).
+
+        No parameter may be read before its turn either: under ZeRO-3 reading one gathers it from all processes.
+        """
         size = self.config.vision_config.image_size
-        features = flatten_scales(self.encode_image(self.projector.weight.new_zeros(1, 3, size, size)))
+        features = flatten_scales(self.encode_image(torch.zeros(1, 3, size, size, device=device)))
         states = self._project(features)
         if self.config.image_decoding != "autoregressive":
             states = states + self.written_states(features, slice(0, features.shape[1]))
