@@ -2,6 +2,9 @@
 
     python examples/emoji/train.py --out hub_configs/puma-emoji
 
+With `--pretrained` encoder and VAE are those of a trained model folder, whose decoders are trained on; the language
+model is trained anew.
+
 Each stage is a script of this folder that resumes from its last checkpoint and is skipped once its result is there,
 so the same command continues a run that was killed. Stages that don't need each other run side by side.
 """
@@ -31,8 +34,11 @@ class Stage:
     needs: tuple[str, ...] = ()
 
 
-def stages(data: Path, scenes: Path, runs: Path, out: Path, preset: str, max_steps: int | None) -> list[Stage]:
-    """All stages, in order. `max_steps` cuts each training and the scenes short, to try the recipe out."""
+def stages(
+    data: Path, scenes: Path, runs: Path, out: Path, preset: str, max_steps: int | None, pretrained: Path | None = None
+) -> list[Stage]:
+    """All stages, in order. `max_steps` cuts each training and the scenes short, to try the recipe out; `pretrained`
+    is a model folder to go on from."""
     sources = ["--data", str(data), "--scenes", str(scenes)]
     training = ["--data", str(data), "--preset", preset]
     if max_steps is not None:
@@ -49,38 +55,37 @@ def stages(data: Path, scenes: Path, runs: Path, out: Path, preset: str, max_ste
     language_model = ["--scenes", scenes, "--cache", cache, "--encoder", encoder]
     tuned = runs / "mllm_tuned"
     tuning = ["--scenes", scenes, "--cache", cache, "--pretrained", mllm]
-    decoders = [
-        trained(
-            f"unet_{s}",
-            "train_decoder.py",
-            unets[s],
-            "--scale",
-            s,
-            "--scenes",
-            scenes,
-            "--cache",
-            cache,
-            needs=("cache",),
-        )
-        for s in SCALES
-    ]
-    parts = ["--runs", str(runs), "--out", str(out)]
+    decoding = ["--scenes", scenes, "--cache", cache]
+
+    def decoder(scale: int) -> Stage:
+        start = ["--pretrained", pretrained / f"unet_{scale}"] if pretrained else []
+        options = ["--scale", scale, *decoding, *start]
+        return trained(f"unet_{scale}", "train_decoder.py", unets[scale], *options, needs=("cache",))
+
+    if pretrained:
+        taking = ["--model", str(pretrained), "--runs", str(runs)]
+        parts = [Stage("parts", "take_parts.py", taking, vae)]
+    else:
+        parts = [
+            trained("encoder", "train_encoder.py", encoder, needs=("data",)),
+            trained("vae", "train_vae.py", vae, needs=("data",)),
+        ]
+    assembling = ["--runs", str(runs), "--out", str(out)]
     return [
         Stage("data", "build_dataset.py", ["--out", str(data)], data),
         Stage("scenes", "build_scenes.py", composing, scenes, ("data",)),
-        trained("encoder", "train_encoder.py", encoder, needs=("data",)),
-        trained("vae", "train_vae.py", vae, needs=("data",)),
+        *parts,
         Stage(
             "cache",
             "cache_features.py",
             [*sources, "--encoder", str(encoder), "--vae", str(vae), "--out", str(cache)],
             cache,
-            ("encoder", "vae", "scenes"),
+            ("scenes", *(part.name for part in parts)),
         ),
         trained("mllm", "train_language_model.py", mllm, *language_model, needs=("cache",)),
-        *decoders,
+        *map(decoder, SCALES),
         trained("tuned", "tune_language_model.py", tuned, *tuning, needs=("mllm",)),
-        Stage("model", "assemble.py", parts, out / "model_index.json", ("tuned", *(f"unet_{s}" for s in SCALES))),
+        Stage("model", "assemble.py", assembling, out / "model_index.json", ("tuned", *(f"unet_{s}" for s in SCALES))),
     ]
 
 
@@ -154,11 +159,20 @@ def main() -> None:
     parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="stages side by side")
     parser.add_argument("--max-steps", type=int, help="cut each training short, to try the recipe out")
+    parser.add_argument("--pretrained", type=Path, help="a trained model folder to go on from")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     scenes = arguments.scenes or arguments.data.with_name(f"{arguments.data.name}-scenes")
-    todo = stages(arguments.data, scenes, arguments.runs, arguments.out, arguments.preset, arguments.max_steps)
+    todo = stages(
+        arguments.data,
+        scenes,
+        arguments.runs,
+        arguments.out,
+        arguments.preset,
+        arguments.max_steps,
+        arguments.pretrained,
+    )
     run(todo, arguments.runs, arguments.jobs)
     print(f"the model is in {arguments.out}")
 

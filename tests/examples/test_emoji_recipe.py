@@ -73,10 +73,25 @@ def test_one_command_trains_all_parts_and_goes_on_where_it_stopped(data, tmp_pat
     steps = json.loads((tmp_path / "runs/unet_0/training.json").read_text())["steps"]
     assert steps == 1
 
+    # Another run goes on from this model: its encoder and VAE, and its decoders trained on.
+    command = [sys.executable, "examples/emoji/take_parts.py", "--model", str(tmp_path / "model")]
+    subprocess.run([*command, "--runs", str(tmp_path / "more")], cwd=ROOT, check=True)
+    for part in ("encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        trained, taken = load_file(tmp_path / "runs" / part), load_file(tmp_path / "more" / part)
+        assert trained.keys() == taken.keys()
+        assert all(torch.equal(trained[name].half(), taken[name].half()) for name in trained)
+
     (tmp_path / "model" / "model_index.json").unlink()
     again = run(data, tmp_path)
     started = [line.split(":")[0] for line in again.splitlines() if ": started" in line]
     assert [name.strip("\r\x1b[K") for name in started] == ["model"]
+
+
+def test_stages_from_a_trained_model(tmp_path):
+    todo = train.stages(*map(Path, ("data", "scenes", "runs", "out")), "cpu", None, pretrained=Path("trained"))
+    by_name = {stage.name: stage for stage in todo}
+    assert "encoder" not in by_name and by_name["cache"].needs == ("scenes", "parts")
+    assert by_name["unet_2"].arguments[-2:] == ["--pretrained", "trained/unet_2"]
 
 
 def test_a_stage_that_fails_stops_the_run_and_says_why(tmp_path):
