@@ -61,18 +61,6 @@ EMOJI_TYPES: dict[str, Callable[[dict, dict, random.Random], Question | None]] =
 }
 
 
-def emoji_question(text: dict, other: dict, rng: random.Random, type: str | None = None) -> Question | None:
-    """A question about one emoji; `other` is another picture's text, for what this is not.
-
-    Args:
-        type: of `EMOJI_TYPES`; without it a random one that has an answer.
-    """
-    if type is not None:
-        return EMOJI_TYPES[type](text, other, rng)
-    kinds = rng.sample(list(EMOJI_TYPES), len(EMOJI_TYPES))
-    return next(question for kind in kinds if (question := EMOJI_TYPES[kind](text, other, rng)))
-
-
 def single_things(objects: list[dict]) -> list[dict]:
     """Objects whose noun means them alone."""
     counts = Counter(map(noun, objects))
@@ -156,15 +144,3 @@ SCENE_TYPES: dict[str, Callable[[dict, dict, random.Random], Question | None]] =
     "region": region,
     "style": lambda scene, other, rng: Question("style", STYLE, scene["style"]),
 }
-
-
-def scene_question(scene: dict, other: dict, rng: random.Random, type: str | None = None) -> Question | None:
-    """A question about a scene; `other` is another scene, for what this one does not show.
-
-    Args:
-        type: of `SCENE_TYPES`; without it a random one that has an answer.
-    """
-    if type is not None:
-        return SCENE_TYPES[type](scene, other, rng)
-    kinds = rng.sample(list(SCENE_TYPES), len(SCENE_TYPES))
-    return next(question for kind in kinds if (question := SCENE_TYPES[kind](scene, other, rng)))

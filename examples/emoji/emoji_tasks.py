@@ -7,12 +7,13 @@ are cheap.
 
 import random
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from build_dataset import SIZE
 from emoji_edits import EmojiEdits, Picture
 from emoji_pictures import HUES
-from emoji_questions import BOX, EMOJI_TYPES, Question, emoji_question, scene_question
+from emoji_questions import BOX, EMOJI_TYPES, SCENE_TYPES, Question
 from emoji_sets import TONES
 from emoji_words import (
     COLOUR_EDITS,
@@ -46,12 +47,14 @@ class TaskMix:
         finest_scale: shares of the scales at which pictures drawn from words end (index: scale).
         finest_scale_edits: the same for pictures drawn from pictures.
         scenes: share of composed pictures in drawing, describing and asking.
+        questions: how many are asked about one picture, each of another type; the picture is most of the cost.
     """
 
     kinds: tuple[float, ...] = (0.70, 0.02, 0.14, 0.08, 0.06)
     finest_scale: tuple[float, ...] = (0.08, 0.17, 0.75, 0.0, 0.0)
     finest_scale_edits: tuple[float, ...] = (0.25, 0.35, 0.40, 0.0, 0.0)
     scenes: float = 0.35
+    questions: int = 4
 
 
 @dataclass
@@ -93,16 +96,26 @@ class EmojiSplit:
         """The picture that a composed one was made from."""
         return self.scenes[row]["origin_set"], self.scenes[row]["origin"]
 
-    def question(self, picture: Picture, rng: random.Random, type: str | None = None) -> Question | None:
-        """A question about a picture, of one type or of a random one; None if that type has none for it."""
+    def is_scene(self, picture: Picture) -> bool:
+        """Whether it shows several objects, not one emoji as it is or in another colour."""
         which, row = picture
-        if which == "scenes" and self.origin(row)[0] != "emoji":
-            return scene_question(self.scenes[row], self.scenes[rng.choice(self.shown)], rng, type)
-        # One emoji, as it is or in another colour.
+        return which == "scenes" and self.origin(row)[0] != "emoji"
+
+    def question(self, picture: Picture, rng: random.Random, type: str) -> Question | None:
+        """A question of this type about a picture; None if the type has none for it."""
+        which, row = picture
+        if self.is_scene(picture):
+            return SCENE_TYPES[type](self.scenes[row], self.scenes[rng.choice(self.shown)], rng)
         text = self.texts[row if which == "emoji" else self.origin(row)[1]]
         if which == "scenes":
             text = text | {"colour": self.scenes[row]["objects"][0]["colour"]}
-        return emoji_question(text, self.texts[self.draw_emoji(rng)], rng, type)
+        return EMOJI_TYPES[type](text, self.texts[self.draw_emoji(rng)], rng)
+
+    def questions(self, picture: Picture, rng: random.Random, count: int) -> list[Question]:
+        """Up to `count` questions about a picture, of different types in random order."""
+        types = list(SCENE_TYPES if self.is_scene(picture) else EMOJI_TYPES)
+        asked = (self.question(picture, rng, type) for type in rng.sample(types, len(types)))
+        return list(islice(filter(None, asked), count))
 
 
 def all_texts(texts: list[dict]) -> list[str]:
@@ -119,8 +132,8 @@ def all_texts(texts: list[dict]) -> list[str]:
             for thing, where in zip([known, *others], places, strict=True)
         ]
         scene = {"style": text["style"], "objects": objects}
-        questions = [emoji_question(known, others[0], rng, type) for type in EMOJI_TYPES]
-        questions.append(scene_question(scene, {"objects": objects[1:]}, rng))
+        questions = [ask(known, others[0], rng) for ask in EMOJI_TYPES.values()]
+        questions += [ask(scene, {"objects": objects[1:]}, rng) for ask in SCENE_TYPES.values()]
         lines += [f"USER: {q.question} ASSISTANT: {q.answer}".replace(BOX, "") for q in questions if q]
         lines += [caption(text, rng), scene_caption(objects, text["style"], rng), system]
         lines += [removal(objects[0], objects, rng), addition(objects[0], rng)]
@@ -186,7 +199,7 @@ class EmojiRows(Dataset):
             return [picture], {"prompt": split.words(picture, rng), "completion": "<image>"}
         if kind == "describe":
             return [picture], {"prompt": "<image>", "completion": split.words(picture, rng)}
-        return [picture], conversation(split.question(picture, rng))
+        return [picture], conversation(split.questions(picture, rng, self.mix.questions))
 
     def _from_picture(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
         if kind == "edit":
@@ -205,12 +218,15 @@ class EmojiRows(Dataset):
         return flatten_scales(multigranular_features(finest[None].float(), self.num_scales))[0]
 
 
-def conversation(question: Question) -> dict:
-    """The row of a question and its answer; with a box, also the picture's size that the box is in pixels of."""
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
-    ]
-    if question.box is None:
-        return {"messages": messages}
-    return {"messages": messages, "boxes": [question.box], "image_sizes": [(SIZE, SIZE)]}
+def conversation(questions: list[Question]) -> dict:
+    """The row of questions about one picture and their answers; with boxes, also the picture's size that they are in
+    pixels of."""
+    messages = []
+    for question in questions:
+        content = [{"type": "text", "text": question.question}]
+        messages += [
+            {"role": "user", "content": content if messages else [{"type": "image"}, *content]},
+            {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
+        ]
+    boxes = [question.box for question in questions if question.box is not None]
+    return {"messages": messages} | ({"boxes": boxes, "image_sizes": [(SIZE, SIZE)]} if boxes else {})

@@ -375,10 +375,19 @@ def test_answers_are_true(split):
 
 def test_questions_with_a_box_carry_it_and_the_picture_size(split):
     number = split.shown[0]
-    asked = split.question(("scenes", number), random.Random(0), "grounding")
+    asked = [split.question(("scenes", number), random.Random(0), type) for type in ("style", "grounding", "region")]
     row = conversation(asked)
-    assert row["boxes"] == [asked.box] and row["image_sizes"] == [(64, 64)]
-    assert row["messages"][1]["content"][0]["text"] == "<box>"
+    assert row["boxes"] == [asked[1].box, asked[2].box] and row["image_sizes"] == [(64, 64)]
+    assert row["messages"][3]["content"][0]["text"] == "<box>"
+    assert [len(message["content"]) for message in row["messages"]] == [2, 1, 1, 1, 1, 1]
+    assert "boxes" not in conversation(asked[:1])
+
+
+def test_questions_about_one_picture_are_of_different_types(split):
+    for picture in (("emoji", 0), ("scenes", next(n for n in split.shown if split.is_scene(("scenes", n))))):
+        asked = split.questions(picture, random.Random(1), 3)
+        assert len({question.type for question in asked}) == 3
+        assert asked != split.questions(picture, random.Random(2), 3)
 
 
 def test_a_mix_that_the_split_cannot_serve_is_an_error(split):
