@@ -2,8 +2,8 @@
 
     python examples/emoji/compare_decodings.py --seconds 600 --jobs 2 --model hub_configs/puma-emoji
 
-Trains six language models to draw and to edit, on the same cached features with the same tokenizer, in the same order
-of rows, and puts their measures in one table (`decodings.md`, `decodings.json`). The decoders are those of `--model`, whose encoder must
+Trains six language models on the same cached features with the same tokenizer, in the same order of rows, and puts
+their measures in one table (`decodings.md`, `decodings.json`). The decoders are those of `--model`, whose encoder must
 be the one that the cache was made with. Each training resumes, and nothing that is done is done again.
 """
 
@@ -18,7 +18,6 @@ import report_edits
 import report_text_to_image
 import torch
 from datasets import DatasetDict, load_from_disk
-from emoji_tasks import KINDS
 from emoji_training import load_pictures
 from judge import Judge
 from measuring import Bench, fingerprint
@@ -33,8 +32,6 @@ from transformers_puma.evaluation.runner import versions, write_json
 
 DECODINGS = ("autoregressive", "next_scale", "prefilled")
 HEADS = ("regression", "flow")
-# Drawing from words and editing: tasks without a drawn picture cost most of the time and compare nothing.
-SHARES = {"draw": 0.8, "describe": 0.0, "ask": 0.0, "edit": 0.2, "condition": 0.0}
 SPEED_STEPS = 40  # steps that tell how long one takes
 TEXT_TO_IMAGE = {
     "concept_top1": "concept, top 1",
@@ -66,7 +63,6 @@ def training(name: str, options: list[str], arguments: argparse.Namespace, out: 
         "--out": out,
     }
     command = [str(part) for pair in fixed.items() for part in pair]
-    command += ["--shares", *(str(SHARES[kind]) for kind in KINDS)]
     return Stage(name, "train_language_model.py", [*command, *options, *arguments.training], out)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from build_scenes import load_scenes
 from cache_features import load_cache
-from emoji_tasks import KINDS, EmojiRows, EmojiSplit, TaskMix, all_texts
+from emoji_tasks import EmojiRows, EmojiSplit, TaskMix, all_texts
 from emoji_training import StageArguments, count_parameters, load_pictures, parse_arguments, run_stage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -60,9 +60,6 @@ class LanguageModelArguments(CachedData):
     image_decoding: str = field(default="prefilled", metadata={"help": "how an image is written, see PumaConfig"})
     image_head: str = field(default="regression", metadata={"help": "regression or flow, see PumaConfig"})
     processor: str | None = field(default=None, metadata={"help": "use this saved one; None trains a tokenizer"})
-    shares: list[float] | None = field(
-        default=None, metadata={"help": f"of the tasks ({', '.join(KINDS)}), in place of those of TaskMix"}
-    )
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
@@ -185,8 +182,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = build_model(processor, encoder, options)
     standardize_feature_heads(model, *feature_statistics(features.split(512), features.shape[1]))
-    mix = TaskMix(kinds=tuple(options.shares)) if options.shares else TaskMix()
-    train(model, processor, stage, arguments, options, mix)
+    train(model, processor, stage, arguments, options, TaskMix())
 
 
 if __name__ == "__main__":
