@@ -2,9 +2,10 @@
 
     python examples/emoji/compare_decodings.py --seconds 600 --jobs 2 --model hub_configs/puma-emoji
 
-Trains six language models on the same cached features with the same tokenizer, in the same order of rows, and puts
-their measures in one table (`decodings.md`, `decodings.json`). The decoders are those of `--model`, whose encoder must
-be the one that the cache was made with. Each training resumes, and nothing that is done is done again.
+Trains six language models to draw (the pretraining of the recipe) on the same cached features with the same tokenizer,
+in the same order of rows, and puts their measures in one table (`decodings.md`, `decodings.json`). The decoders are
+those of `--model`, whose encoder must be the one that the cache was made with. Each training resumes, and nothing that
+is done is done again.
 """
 
 import argparse

@@ -50,7 +50,7 @@ class TaskMix:
         questions: how many are asked about one picture, each of another type; the picture is most of the cost.
     """
 
-    kinds: tuple[float, ...] = (0.70, 0.02, 0.14, 0.08, 0.06)
+    kinds: tuple[float, ...]
     finest_scale: tuple[float, ...] = (0.08, 0.17, 0.75, 0.0, 0.0)
     finest_scale_edits: tuple[float, ...] = (0.25, 0.35, 0.40, 0.0, 0.0)
     scenes: float = 0.35
@@ -158,12 +158,10 @@ class EmojiRows(Dataset):
         ValueError: the mix asks for what the split does not have.
     """
 
-    def __init__(
-        self, split: EmojiSplit, num_scales: int, batch_size: int, length: int, seed: int, mix: TaskMix | None = None
-    ):
+    def __init__(self, split: EmojiSplit, num_scales: int, batch_size: int, length: int, seed: int, mix: TaskMix):
         self.split, self.num_scales = split, num_scales
         self.batch_size, self.length, self.seed = batch_size, length, seed
-        self.mix = mix or TaskMix()
+        self.mix = mix
         if len(self.mix.kinds) != len(KINDS):
             raise ValueError(f"kinds={self.mix.kinds} must hold a share for each of {KINDS}")
         shares = dict(zip(KINDS, self.mix.kinds, strict=True))

@@ -1,4 +1,4 @@
-"""Tune the pretrained language model on all tasks (report section 3.4), above all on questions:
+"""Tune the pretrained language model on all tasks at once (report section 3.4):
 
     python examples/emoji/tune_language_model.py --pretrained runs/emoji/mllm --out runs/emoji/mllm_tuned
 
