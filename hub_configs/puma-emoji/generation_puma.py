@@ -102,7 +102,7 @@ class PumaGenerationMixin(GenerationMixin):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask[:, :length],
                 position_ids=position_ids[:, past:length],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 attention_blocks=blocks,
             ).last_hidden_state

@@ -6,7 +6,6 @@ Legend: B rows, T positions, n images (in the order of their placeholders, row b
 size, k_i tokens of scale i, S = sum of all k_i (`config.image_seq_length`).
 """
 
-from dataclasses import dataclass
 from functools import wraps
 
 import torch
@@ -14,10 +13,11 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .cache_name_puma import CACHE
 from .configuration_puma import PumaConfig
 from .generation_puma import PumaGenerationMixin
 from .granularity import flatten_scales, multigranular_features, scale_of_position
@@ -25,40 +25,7 @@ from .image_decoding_puma import parent_of_position
 from .image_head_puma import PumaFlowHead, PumaRegressionHead
 from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
 from .loss_puma import image_loss, squared_error, text_loss
-
-
-@dataclass
-class PumaModelOutputWithPast(BaseModelOutputWithPast):
-    """`last_hidden_state` (B, T, H) and the images of the sequence.
-
-    image_features: (n, S, C) encoder features, coarsest scale first; None without images.
-    image_positions: where they stand, see `ImagePositions`.
-    """
-
-    image_features: torch.Tensor | None = None
-    image_positions: "ImagePositions | None" = None
-
-
-@dataclass
-class PumaCausalLMOutputWithPast(ModelOutput):
-    """Output of `PumaForConditionalGeneration`.
-
-    loss: weighted sum of `text_loss` and `image_loss`; all three None without labels.
-    scale_losses: (num_scales,) unweighted squared error per scale (of features, or of velocities with a flow head)
-        over this batch's supervised image tokens, NaN where a scale has none; detached, for logging.
-    logits: (B, T, V); None where `skip_logits` was asked for.
-    image_features: (n, S, C) encoder features of the images.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    text_loss: torch.Tensor | None = None
-    image_loss: torch.Tensor | None = None
-    scale_losses: torch.Tensor | None = None
-    image_features: torch.Tensor | None = None
+from .outputs_puma import PumaCausalLMOutputWithPast, PumaModelOutputWithPast
 
 
 class PumaPreTrainedModel(PreTrainedModel):
@@ -68,7 +35,7 @@ class PumaPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -209,6 +176,7 @@ class PumaModel(PumaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         image_loss_mask: torch.Tensor | None = None,
@@ -222,6 +190,7 @@ class PumaModel(PumaPreTrainedModel):
         Args:
             input_ids: (B, T); each image is a run of placeholders.
             pixel_values: (n, 3, height, width), one for each run in `input_ids`, row by row.
+            past_key_values, cache: keys and values of what came before, by its old or its new name.
             image_features: (n, S, C) encoder features, coarsest first, in place of `pixel_values`.
             image_loss_mask: (n,) bool, images that the model writes (or wrote): they are fed as
                 `config.image_decoding` says, and `input_scales` does not hide anything of them.
@@ -239,6 +208,7 @@ class PumaModel(PumaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        cache = past_key_values if cache is None else cache
         encoded = (mm_encoder_outputs or {}).get("image")
         sources = [source for source in (pixel_values, image_features, encoded) if source is not None]
         if len(sources) > 1:
@@ -266,7 +236,7 @@ class PumaModel(PumaPreTrainedModel):
                 self.language_model.config,
                 inputs_embeds,
                 attention_mask,
-                past_key_values,
+                cache,
                 position_ids,
                 attention_blocks,
             )
@@ -274,16 +244,16 @@ class PumaModel(PumaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             **kwargs,
         )
         return PumaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_features=image_features,
             image_positions=positions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _blank_image(self, device: torch.device) -> torch.Tensor:
@@ -363,6 +333,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         pixel_values: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         image_loss_mask: torch.Tensor | None = None,
@@ -392,6 +363,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             pixel_values=pixel_values,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             image_features=image_features,
             image_loss_mask=image_loss_mask,
@@ -405,10 +377,10 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
 
         result = PumaCausalLMOutputWithPast(
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_features=outputs.image_features,
+            **{CACHE: getattr(outputs, CACHE)},
         )
         if labels is not None:
             supervised, targets = labels[:, 1:] != -100, labels[:, 1:]

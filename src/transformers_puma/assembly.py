@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import PROCESSOR_NAME, has_file
 
+from .cache_name_puma import CACHE
 from .configuration_puma import PumaConfig
 from .image_processing_puma import PumaImageProcessor
 from .modeling_puma import PumaForConditionalGeneration
@@ -201,7 +202,7 @@ def _require_plain_decoder(name: str, language_model: PreTrainedModel) -> None:
     tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
     if not torch.allclose(states[0, :-1], states[1, :-1], rtol=0, atol=tolerance):
         raise ValueError(f"{name} ({kind}) is not causal: it reads what follows a token")
-    if outputs.get("past_key_values") is None:
+    if outputs.get(CACHE) is None:
         raise ValueError(f"{name} ({kind}) has no cache of keys and values, which drawing needs")
 
     head, seen = language_model.get_output_embeddings(), {}

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+from .cache_name_puma import CACHE
 from .granularity import scale_of_position
 
 
@@ -57,7 +58,7 @@ def blockwise_causal_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.LongTensor | None,
     blocks: torch.Tensor,
 ) -> torch.Tensor:
@@ -82,14 +83,14 @@ def blockwise_causal_mask(
             f"attention_mask has {attention_mask.dim()} dimensions: image_decoding='next_scale' makes its own mask "
             "from one of (B, T), and works with no static cache"
         )
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    past = cache.get_seq_length() if cache is not None else 0
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
         position_ids=position_ids,
         block_sequence_ids=F.pad(blocks, (past, 0), value=-1),
+        **{CACHE: cache},
     )
 
 
