@@ -105,8 +105,8 @@ def split(data, scenes) -> EmojiSplit:
     return EmojiSplit(EmojiPictures(emoji).described(), composed, numbers[0], 1000 + numbers[1])
 
 
-def rows_of(split: EmojiSplit, length: int = 64, **mix) -> EmojiRows:
-    return EmojiRows(split, num_scales=5, batch_size=8, length=length, seed=0, mix=TaskMix(**mix))
+def rows_of(split: EmojiSplit, length: int = 64, kinds=(0.4, 0.1, 0.2, 0.2, 0.1), **mix) -> EmojiRows:
+    return EmojiRows(split, num_scales=5, batch_size=8, length=length, seed=0, mix=TaskMix(kinds, **mix))
 
 
 def pictures_of(example: dict) -> list[tuple[str, int]]:
