@@ -19,6 +19,7 @@ from tests.transformers_puma.conftest import make_model, make_processor
 from .training_runs import STEPS, WORLD_SIZE, load, make_arguments, run_trainer
 
 ROOT = Path(__file__).parents[2]
+RUNS = "tests.distributed.training_runs"
 TOLERANCE = 1e-4  # relative
 
 
@@ -32,14 +33,15 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def torchrun(folder: Path, *names: str, **environment: str) -> None:
+def torchrun(module: str, *arguments: str, **environment: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD_SIZE)]
     done = subprocess.run(
-        [*command, "-m", "tests.distributed.training_runs", str(folder), *names],
+        [*command, "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
+        timeout=600,  # processes that wait for each other would wait for ever
     )
     assert done.returncode == 0, done.stderr[-5000:]
 
@@ -70,12 +72,12 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_data_parallel_and_sharded_by_torch(folder):
-    torchrun(folder, "ddp", "fsdp2")
+    torchrun(RUNS, str(folder), "ddp", "fsdp2")
     compare(folder, "ddp")
     compare(folder, "fsdp2")
 
 
 def test_sharded_by_deepspeed(folder):
     pytest.importorskip("deepspeed", reason="ZeRO-3 needs deepspeed")
-    torchrun(folder, "zero3", DS_ACCELERATOR="cpu")
+    torchrun(RUNS, str(folder), "zero3", DS_ACCELERATOR="cpu")
     compare(folder, "zero3")

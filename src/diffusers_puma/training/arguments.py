@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from transformers_puma.training.arguments import StreamArguments
+
 
 @dataclass
-class PumaDecoderTrainingArguments(TrainingArguments):
+class PumaDecoderTrainingArguments(StreamArguments, TrainingArguments):
     """`transformers.TrainingArguments` plus what the denoising objective needs.
 
     The defaults are the report's: AdamW at 8e-5 with linear decay, gradient norms clipped at 1, noise offset 0.1, one

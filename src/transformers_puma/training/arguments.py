@@ -6,7 +6,23 @@ from transformers import TrainingArguments
 
 
 @dataclass
-class ProjectorArguments:
+class StreamArguments:
+    """Stands before the stock arguments, of transformers or TRL, among the bases of those of every trainer of PUMA:
+    each process reads its own share of a stream, and none reads for the others (`dispatch_batches` is off).
+
+    Raises:
+        ValueError: `dispatch_batches` is asked for.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("dispatch_batches=True slices batches row by row, but rows differ in their pictures")
+        self.accelerator_config.dispatch_batches = False
+
+
+@dataclass
+class ProjectorArguments(StreamArguments):
     """Arguments of every trainer of the language model."""
 
     projector_learning_rate: float | None = field(
@@ -46,16 +62,4 @@ class ModelLossArguments(ProjectorArguments):
 
 @dataclass
 class PumaTrainingArguments(ModelLossArguments, TrainingArguments):
-    """`transformers.TrainingArguments` and what `PumaTrainer` adds.
-
-    Each process reads its own share of a stream (`dispatch_batches` is off).
-
-    Raises:
-        ValueError: `dispatch_batches` is asked for.
-    """
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.accelerator_config.dispatch_batches:
-            raise ValueError("dispatch_batches=True slices batches row by row, but rows differ in their pictures")
-        self.accelerator_config.dispatch_batches = False
+    """`transformers.TrainingArguments` and what `PumaTrainer` adds."""

@@ -17,8 +17,13 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, TrainOutput, rotate_checkpoints
+from transformers.utils import is_datasets_available
+
+if is_datasets_available():
+    from datasets import IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +75,19 @@ class ResumableTrainerMixin(Trainer):
       same command starts a run and, after a kill at any moment, continues it to the same losses.
     - A checkpoint that cannot be written stops the run, and so does a loss that is not finite. The error names the
       last whole checkpoint. Weights that are not finite are never saved.
+    - A stream (`datasets.IterableDataset`) starts anew where it ends.
     """
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The stock loop takes up the next epoch where a stream ends. But processes have shares of different length,
+        and would wait for each other there; and a resumed run would not know how many epochs to skip."""
+        once = self.train_dataset
+        if is_datasets_available() and isinstance(once, IterableDataset):
+            self.train_dataset = once.repeat(None)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = once
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`, but True is no error where there is no checkpoint yet.
