@@ -2,14 +2,14 @@
 
     python examples/emoji/tune_language_model.py --pretrained runs/emoji/mllm --out runs/emoji/mllm_tuned
 
-Also how a model is tuned to read some scales only (report table 5): `--input_scales 4 3`.
+Also how a model is tuned to read some scales only (report table 5, compare_scales.py): `--input_scales 4 3`.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from emoji_tasks import TaskMix
+from emoji_tasks import KINDS, TaskMix
 from emoji_training import parse_arguments
 from train_language_model import COMMON, CachedData, train
 
@@ -18,7 +18,7 @@ from transformers_puma.training import PumaTrainingArguments
 
 PRESETS = {
     "cpu": dict(
-        max_steps=350, per_device_train_batch_size=32, learning_rate=4e-4, warmup_steps=20, save_steps=50, **COMMON
+        max_steps=1800, per_device_train_batch_size=32, learning_rate=8e-4, warmup_steps=50, save_steps=100, **COMMON
     ),
     "gpu": dict(
         max_steps=10000,
@@ -29,13 +29,16 @@ PRESETS = {
         **COMMON,
     ),
 }
-MIX = TaskMix(kinds=(0.25, 0.05, 0.45, 0.15, 0.10))
+SHARES = (0.45, 0.04, 0.27, 0.14, 0.10)
 
 
 @dataclass
 class TuningArguments(CachedData):
     pretrained: str = field(default="runs/emoji/mllm", metadata={"help": "the model to start from"})
     input_scales: list[int] | None = field(default=None, metadata={"help": "scales to read of a picture (all)"})
+    shares: list[float] = field(
+        default_factory=lambda: list(SHARES), metadata={"help": f"of the tasks: {', '.join(KINDS)}"}
+    )
 
 
 def main() -> None:
@@ -49,7 +52,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = PumaForConditionalGeneration.from_pretrained(options.pretrained, input_scales=options.input_scales)
     processor = PumaProcessor.from_pretrained(options.pretrained)
-    train(model, processor, stage, arguments, options, MIX)
+    train(model, processor, stage, arguments, options, TaskMix(tuple(options.shares)))
 
 
 if __name__ == "__main__":

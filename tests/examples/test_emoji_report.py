@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "emoji"))
 
 import build_stamps  # noqa: E402
 import compare_decodings  # noqa: E402
+import compare_scales  # noqa: E402
 import report  # noqa: E402
 import report_edits  # noqa: E402
 import report_questions  # noqa: E402
@@ -308,3 +309,20 @@ def test_variants_are_put_in_one_table(data, tasks, trained, tmp_path):
     assert "pictures" not in result["features"]
     page = compare_decodings.write_page(results)
     assert page.count("| variant |") == 1 + 3 + len(compare_decodings.TEXT_TO_IMAGE) and "| variant, scale 0 |" in page
+
+
+def test_models_that_read_other_scales_are_put_in_one_table(data, tasks, trained, tmp_path):
+    assert compare_scales.variants()["f3"] == [3] and len(compare_scales.variants()) == 6
+    options = {"data": data, "tasks": tasks, "model": trained["model"], "out": tmp_path, "count": 2, "steps": 5}
+    arguments = compare_scales.parse([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+    command = " ".join(compare_scales.tuning("f3", [3], arguments).arguments)
+    assert "--max_steps 5 " in command and command.endswith("--shares 0.0 0.0 1.0 0.0 0.0 --input_scales 3")
+    pipe = PumaPipeline.from_pretrained(trained["model"], scales=[])
+    pipe.mllm.save_pretrained(tmp_path / "f3")
+    pipe.processor.save_pretrained(tmp_path / "f3")
+    loaded = load_pictures(str(data)), load_from_disk(str(tasks))
+    result = compare_scales.measure_variant(tmp_path / "f3", arguments, *loaded, settings={})
+    assert result["samples"] == 3 and set(result["types"]) == {"style", "region", "grounding"}
+    result["types"]["style"]["mean"] = 0.5
+    page = compare_scales.write_page({"f3": result, "all": result})
+    assert "| reads f3 | reads all |" in page and page.count("0.500 ±") == 2
