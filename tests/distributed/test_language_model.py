@@ -78,6 +78,5 @@ def test_data_parallel_and_sharded_by_torch(folder):
 
 
 def test_sharded_by_deepspeed(folder):
-    pytest.importorskip("deepspeed", reason="ZeRO-3 needs deepspeed")
     torchrun(RUNS, str(folder), "zero3", DS_ACCELERATOR="cpu")
     compare(folder, "zero3")

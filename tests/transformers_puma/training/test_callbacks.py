@@ -99,7 +99,6 @@ def test_cached_features_are_read_and_compared(processor, tmp_path):
 
 
 def test_wandb_offline(processor, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     trainer = make_trainer(processor, tmp_path, report_to="wandb")

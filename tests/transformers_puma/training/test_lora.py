@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from transformers_puma import PumaForConditionalGeneration
 from transformers_puma.training import (
@@ -125,10 +126,6 @@ def test_without_token_ids_the_vocabulary_stays(processor, model):
 
 def test_qlora(processor, rows, tmp_path):
     """Four-bit weights below the adapter; the loss falls and the adapter alone is saved."""
-    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes")
-    from peft import prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
-
     wide = {**TEXT, "hidden_size": 64, "intermediate_size": 128}
     make_model(processor, text_config=wide).save_pretrained(tmp_path / "base")
     quantization = BitsAndBytesConfig(
