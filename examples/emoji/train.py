@@ -83,8 +83,8 @@ def stages(
             ("scenes", *(part.name for part in parts)),
         ),
         trained("mllm", "train_language_model.py", mllm, *language_model, needs=("cache",)),
-        *map(decoder, SCALES),
         trained("tuned", "tune_language_model.py", tuned, *tuning, needs=("mllm",)),
+        *map(decoder, SCALES),
         Stage("model", "assemble.py", assembling, out / "model_index.json", ("tuned", *(f"unet_{s}" for s in SCALES))),
     ]
 

@@ -35,6 +35,8 @@ PRESETS = {
 }
 # Steps by scale: as in the report, the finer a decoder's features, the more there is to learn.
 MAX_STEPS = {"cpu": (2400, 1700, 1300, 800, 800), "gpu": (80000, 60000, 40000, 30000, 20000)}
+# Of a decoder that starts from a trained one.
+MORE_STEPS = {"cpu": (400, 800, 900, 1800, 1200), "gpu": (20000, 20000, 20000, 20000, 20000)}
 
 
 @dataclass
@@ -111,7 +113,7 @@ def main() -> None:
     if Path(stage.out).exists():
         return
     if arguments.max_steps < 0:
-        arguments.max_steps = MAX_STEPS[stage.preset][decoder.scale]
+        arguments.max_steps = (MORE_STEPS if decoder.pretrained else MAX_STEPS)[stage.preset][decoder.scale]
     pictures, scenes = load_pictures(stage.data), load_scenes(decoder.scenes)
 
     def rows(split: str, turns: int) -> CachedPictures:
