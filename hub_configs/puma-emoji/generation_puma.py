@@ -73,10 +73,7 @@ class PumaGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"every prompt must end with [IMG] (id {self.config.image_start_token_id}) and be left-padded"
             )
-        if isinstance(generator, list) and len(generator) != len(input_ids):
-            raise ValueError(f"got {len(generator)} generators for {len(input_ids)} prompts")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        _check_generators(generator, len(input_ids))
 
         counts = self.config.tokens_per_scale
         passes = decoding_passes(self.config.image_decoding, counts, scale)
@@ -84,9 +81,11 @@ class PumaGenerationMixin(GenerationMixin):
         noise = self._feature_noise(len(input_ids), scale, generator, input_ids.device)
         features = self.model.projector.weight.new_zeros(len(input_ids), 0, self.config.vision_config.hidden_size)
 
-        # The mask of all passes at once: each sees as much of it as there are keys.
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(input_ids), sum(counts))], dim=1)
-        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        is_padded = attention_mask is not None and not attention_mask.all()
+        if is_padded:
+            # The mask of all passes at once: each sees as much of it as there are keys.
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(input_ids), sum(counts))], dim=1)
+            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.config.get_text_config())
         inputs_embeds, blocks = self._embed_prompt(input_ids, pixel_values, image_features, image_loss_mask)
         past = 0
@@ -100,8 +99,9 @@ class PumaGenerationMixin(GenerationMixin):
             length = past + inputs_embeds.shape[1]
             hidden_states = self.model(
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask[:, :length],
-                position_ids=position_ids[:, past:length],
+                # Without padding there is nothing to look through, and no mask to build, in each pass.
+                attention_mask=attention_mask[:, :length] if is_padded else None,
+                position_ids=position_ids[:, past:length] if is_padded else None,
                 cache=cache,
                 use_cache=True,
                 attention_blocks=blocks,
@@ -165,7 +165,7 @@ class PumaGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         max_new_tokens: int = 1024,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         **generate_kwargs,
     ) -> InterleavedOutput:
         """Text and images in the order in which the model writes them; it chooses when to draw.
@@ -177,16 +177,21 @@ class PumaGenerationMixin(GenerationMixin):
             input_ids, attention_mask: (B, T), padded on either side.
             pixel_values: (n, 3, height, width), the images in the prompts.
             max_new_tokens: for each row; an image takes `image_seq_length` + 2 of them.
-            generator: of a flow head's noise.
+            generator: of a flow head's noise; a list with one for each row makes a row's images the same in any batch.
             generate_kwargs: of `generate`, for the text.
 
         Raises:
-            ValueError: `num_beams`, `num_return_sequences` or an assistant model, which would reorder rows.
+            ValueError: `num_beams`, `num_return_sequences` or an assistant model, which would reorder rows; another
+                number of generators than rows.
         """
         for name in ("num_beams", "num_return_sequences", "assistant_model"):
             if generate_kwargs.get(name) not in (None, 1):
                 raise ValueError(f"{name}={generate_kwargs[name]} does not work with interleaved generation")
+        _check_generators(generator, len(input_ids))
         rows = self._interleaved_rows(input_ids, attention_mask, pixel_values, max_new_tokens)
+        if isinstance(generator, list):
+            for row, own in zip(rows, generator, strict=True):
+                row.generator = own
         while any(row.budget for row in rows):
             drawing = [row for row in rows if row.budget and row.ids[-1] == self.config.image_start_token_id]
             if drawing:
@@ -208,17 +213,17 @@ class PumaGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None,
         budget: int,
     ) -> list["_Row"]:
-        positions = ImagePositions.find(input_ids, self.config.image_token_id)
-        counts = (positions.mask & (positions.offset == 0)).sum(dim=1).tolist()
         given = flatten_scales(self.encode_image(pixel_values)) if pixel_values is not None else input_ids.new_zeros(0)
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return [
             _Row(ids[mask.bool()], list(features), [False] * len(features), budget)
-            for ids, mask, features in zip(input_ids, kept, given.split(counts), strict=True)
+            for ids, mask, features in zip(input_ids, kept, given.split(self._image_counts(input_ids)), strict=True)
         ]
 
-    def _draw(self, rows: list["_Row"], generator: torch.Generator | None):
+    def _draw(self, rows: list["_Row"], generator: Generators):
         """One image for each row, which ends with `[IMG]`, as far as its budget goes."""
+        if isinstance(generator, list):
+            generator = [row.generator for row in rows]
         counts = self.config.tokens_per_scale
         finest = [min(s for s in range(len(counts)) if sum(counts[s:]) <= max(row.budget, counts[-1])) for row in rows]
         features = self.generate_image_features(**self._batch(rows), scale=min(finest), generator=generator)
@@ -299,18 +304,26 @@ class PumaGenerationMixin(GenerationMixin):
 
         Older versions of transformers repeat the pictures one by one, which is right for one picture a row only.
         """
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
-            mask = input_ids == self.config.image_token_id
-            counts = mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
-            rows = pixel_values.split(counts.tolist())
-            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_features", "image_loss_mask")}
+        images = {name: value for name, value in images.items() if value is not None}
+        if images and expand_size > 1:
+            counts = self._image_counts(input_ids)
+            for name, value in images.items():
+                images[name] = torch.cat([row for row in value.split(counts) for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, model_kwargs | images
+
+    def _image_counts(self, input_ids: torch.LongTensor) -> list[int]:
+        """How many images each row holds."""
+        positions = ImagePositions.find(input_ids, self.config.image_token_id)
+        return (positions.mask & (positions.offset == 0)).sum(dim=1).tolist()
+
+
+def _check_generators(generator: Generators, num_rows: int):
+    if isinstance(generator, list) and len(generator) != num_rows:
+        raise ValueError(f"got {len(generator)} generators for {num_rows} prompts")
 
 
 @dataclass
@@ -320,12 +333,14 @@ class _Row:
     ids: (t,) what it holds so far.
     features, is_written: its complete images (S, C), and which of them it wrote itself.
     budget: tokens that it may still write; 0 once it has ended.
+    generator: of its own images' noise, where rows have one each.
     """
 
     ids: torch.Tensor
     features: list[torch.Tensor]
     is_written: list[bool]
     budget: int
+    generator: torch.Generator | None = None
     written: int = 0
     segments: list[torch.Tensor | dict[int, torch.Tensor]] = field(default_factory=list)
 

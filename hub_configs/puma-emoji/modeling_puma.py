@@ -228,8 +228,9 @@ class PumaModel(PumaPreTrainedModel):
             if self.config.image_decoding == "next_scale":
                 attention_blocks = positions.scale_blocks(self.config.tokens_per_scale)
         elif input_ids is not None:
-            blank = self._blank_image(input_ids.device) if run_image_modules else 0
-            inputs_embeds = self.get_input_embeddings()(input_ids) + 0 * blank
+            blank = 0 * self._blank_image(input_ids.device) if run_image_modules else None
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = inputs_embeds if blank is None else inputs_embeds + blank
 
         if attention_blocks is not None:
             attention_mask = blockwise_causal_mask(
@@ -257,7 +258,7 @@ class PumaModel(PumaPreTrainedModel):
         )
 
     def _blank_image(self, device: torch.device) -> torch.Tensor:
-        """A number that depends on every module that images pass, run in their order (see `embed`).
+        """A finite number that depends on every module that images pass, run in their order (see `embed`).
 
         No parameter may be read before its turn either: under ZeRO-3 reading one gathers it from all processes.
         """
@@ -266,7 +267,7 @@ class PumaModel(PumaPreTrainedModel):
         states = self._project(features)
         if self.config.image_decoding != "autoregressive":
             states = states + self.written_states(features, slice(0, features.shape[1]))
-        return states.sum()
+        return states.mean()  # a sum may leave the range of fp16
 
     def _check_images(self, positions: ImagePositions, images: torch.Tensor):
         runs = positions.image[-1, -1] + 1

@@ -202,7 +202,8 @@ def _require_plain_decoder(name: str, language_model: PreTrainedModel) -> None:
     tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
     if not torch.allclose(states[0, :-1], states[1, :-1], rtol=0, atol=tolerance):
         raise ValueError(f"{name} ({kind}) is not causal: it reads what follows a token")
-    if outputs.get(CACHE) is None:
+    cache = outputs.get(CACHE)
+    if cache is None or all(getattr(layer, "keys", None) is None for layer in cache.layers):
         raise ValueError(f"{name} ({kind}) has no cache of keys and values, which drawing needs")
 
     head, seen = language_model.get_output_embeddings(), {}

@@ -52,9 +52,12 @@ class PumaFlowHead(nn.Module):
 
     def forward(self, noisy: torch.Tensor, time: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Velocity (.., C) at x_t `noisy` (.., C) and t `time` (..) in [0, 1], given `states` (.., H)."""
-        dtype = self.in_proj.weight.dtype
-        condition = self.state_proj(states) + self.time_proj(self._embed(time).to(dtype))
-        hidden = self.in_proj(noisy.to(dtype))
+        return self._velocity(noisy, self._embed(time), self.state_proj(states))
+
+    def _velocity(self, noisy: torch.Tensor, times: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """As `forward`, from embedded times and projected states, (.., width) both."""
+        condition = states + times
+        hidden = self.in_proj(noisy.to(self.in_proj.weight.dtype))
         for layer in self.layers:
             hidden = layer(hidden, condition)
         return self.out_proj(F.silu(hidden))
@@ -70,18 +73,18 @@ class PumaFlowHead(nn.Module):
 
     def predict(self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
         """Features (B, m, C) from states (B, m, H) and unit noise (B, m, C), by `num_steps` Euler steps."""
-        sample = noise
-        for step in range(num_steps):
-            time = torch.full(sample.shape[:-1], step / num_steps, device=sample.device)
-            sample = sample + self(sample, time, states).float() / num_steps
+        sample, projected = noise, self.state_proj(states)
+        for times in self._embed(torch.arange(num_steps, device=noise.device) / num_steps):
+            sample = sample + self._velocity(sample, times, projected).float() / num_steps
         return (sample * self.std[scales] + self.mean[scales]).to(states.dtype)
 
     def _embed(self, time: torch.Tensor) -> torch.Tensor:
-        """Sines and cosines of times (..) -> (.., width)."""
+        """Times (..) -> (.., width), from their sines and cosines."""
         half = self.time_proj[0].in_features // 2
         frequencies = torch.logspace(0, 3, half, device=time.device)
         angles = time.float().unsqueeze(-1) * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.time_proj(waves.to(self.in_proj.weight.dtype))
 
 
 class FlowLayer(nn.Module):

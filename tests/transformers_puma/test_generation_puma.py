@@ -156,12 +156,15 @@ def test_modes_that_reorder_rows_are_refused(model, processor, option):
         interleave(model, processor, ["a"], **{option: 2})
 
 
+@pytest.mark.parametrize("as_features", [False, True], ids=["pixels", "features"])
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
-def test_copies_of_a_row_keep_its_pictures(model, processor, options):
+def test_copies_of_a_row_keep_its_pictures(model, processor, options, as_features):
     questions, images = ["one?", "two?"], [[make_picture(0), make_picture(1)], [make_picture(2)]]
 
     def first_logits(rows, **kwargs):
         inputs = processor.prepare_question([questions[row] for row in rows], [images[row] for row in rows])
+        if as_features:
+            inputs["image_features"] = flatten_scales(model.encode_image(inputs.pop("pixel_values")))
         outputs = model.generate(
             **inputs, **kwargs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )

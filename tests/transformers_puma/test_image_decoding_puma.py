@@ -1,9 +1,13 @@
-"""The three ways to write an image: each against a whole sequence in one forward, without a cache."""
+"""The three ways to write an image, with either head: each against a whole sequence in one forward without a cache."""
+
+import copy
+import itertools
 
 import pytest
 import torch
 
 from transformers_puma import flatten_scales, multigranular_features
+from transformers_puma.configuration_puma import IMAGE_HEADS
 from transformers_puma.granularity import scale_of_position
 from transformers_puma.image_decoding_puma import IMAGE_DECODINGS, decoding_passes, parent_of_position
 from transformers_puma.image_positions_puma import blockwise_causal_mask
@@ -39,12 +43,34 @@ def test_passes_of_each_decoding(decoding, fed, written):
     assert [places[write] for _, write in passes] == written
 
 
+def make_decoding_model(processor, image_decoding, image_head="regression"):
+    model = make_model(processor, image_decoding=image_decoding, image_head=image_head, flow_num_steps=4)
+    if image_decoding != "autoregressive":
+        torch.nn.init.normal_(model.model.image_queries.weight, std=0.5)
+    if image_head == "flow":
+        torch.nn.init.normal_(model.image_head.out_proj.weight, std=0.5)
+    return model
+
+
 @pytest.fixture(scope="module", params=IMAGE_DECODINGS)
 def decoding_model(request, processor):
-    model = make_model(processor, image_decoding=request.param)
-    if request.param != "autoregressive":
-        torch.nn.init.normal_(model.model.image_queries.weight, std=0.5)
-    return model
+    return make_decoding_model(processor, request.param)
+
+
+@pytest.fixture(scope="module", params=itertools.product(IMAGE_DECODINGS, IMAGE_HEADS), ids="-".join)
+def any_model(request, processor):
+    return make_decoding_model(processor, *request.param)
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def predict(model, states, generator):
+    """Features (S, C) of a whole image from the states (S, H) that they are read from."""
+    scales = scale_of_position(COUNTS)
+    noise = torch.cat([torch.randn(1, count, 32, generator=generator) for count in reversed(COUNTS)], dim=1)
+    return model.image_head.predict(states[None], scales, noise, model.config.flow_num_steps)[0]
 
 
 def plain_sequence(model, row, written):
@@ -82,17 +108,77 @@ def plain_sequence(model, row, written):
 
 
 @torch.no_grad()
-def test_cached_left_padded_batches_equal_whole_sequences_without_a_cache(decoding_model, processor):
+def test_cached_left_padded_batches_equal_whole_sequences_without_a_cache(any_model, processor):
     """What was generated, put behind its prompt, is what the whole sequence predicts at each position."""
-    model = decoding_model
-    together = flatten_scales(model.generate_image_features(**processor.prepare_generation(*PROMPTS)))
+    model = any_model
+    inputs = processor.prepare_generation(*PROMPTS)
+    together = flatten_scales(model.generate_image_features(**inputs, generator=seeds(0, 1, 2)))
     shift = model.config.image_decoding == "autoregressive"
     for i, (prompt, images) in enumerate(zip(*PROMPTS, strict=True)):
         row = processor.prepare_generation([prompt], [images])
         length = row["input_ids"].shape[1]
         states = plain_sequence(model, row, together[i])
-        predicted = model.image_head(states[length - shift : length - shift + IMAGE_LENGTH])
+        predicted = predict(model, states[length - shift : length - shift + IMAGE_LENGTH], *seeds(i))
         assert (predicted - together[i]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_interleaved_text_and_images_are_what_one_forward_predicts(any_model, processor):
+    """Of left-padded rows with their own seeds, one with a given picture; each whole row anew in one forward."""
+    model = copy.deepcopy(any_model)  # one that prefers to draw as soon as it may
+    model.lm_head.weight.mul_(3)
+    model.lm_head.weight[processor.image_start_token_id] *= 2
+    texts, pictures = ["hello", "<image>red"], [[], [make_picture(0)]]
+    inputs = processor(text=texts, images=pictures, generation_mode="image", padding=True, return_tensors="pt")
+    output = model.generate_interleaved(**inputs, do_sample=False, max_new_tokens=70, generator=seeds(0, 1))
+    for row, (segments, generator) in enumerate(zip(output.segments, seeds(0, 1), strict=True)):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+        prompt_length, starts, images = len(ids), [], []
+        given = [flatten_scales(model.encode_image(inputs["pixel_values"]))[0]] * len(pictures[row])
+        for segment in segments:
+            if not isinstance(segment, dict):
+                ids += segment.tolist()
+            elif len(segment) == 3:  # an image that the limit cuts ends its row
+                images.append(flatten_scales({s: feature[None] for s, feature in segment.items()})[0])
+                is_open = ids[-1] == processor.image_start_token_id
+                ids += processor.image_ids[1:] if is_open else processor.image_ids
+                starts.append(len(ids) - IMAGE_LENGTH - 1)
+        assert images and len(ids) > prompt_length + IMAGE_LENGTH + 1
+        states = model.model(
+            input_ids=torch.tensor([ids]),
+            image_features=torch.stack(given + images),
+            image_loss_mask=torch.tensor([False] * len(given) + [True] * len(images)),
+        ).last_hidden_state[0]
+        logits = model.lm_head(states)
+        logits[:, [processor.image_token_id, processor.image_end_token_id]] = -torch.inf
+        for t in range(prompt_length, len(ids)):
+            if ids[t] not in (processor.image_token_id, processor.image_end_token_id):
+                assert logits[t - 1].argmax() == ids[t]
+        shift = model.config.image_decoding == "autoregressive"
+        for start, image in zip(starts, images, strict=True):
+            predicted = predict(model, states[start - shift : start - shift + IMAGE_LENGTH], generator)
+            assert (predicted - image).abs().max() < 1e-4
+
+
+def test_an_image_is_learned(any_model, processor):
+    model = copy.deepcopy(any_model).train()
+    ids = torch.tensor([[*processor.bos_ids, *processor.image_ids]])
+    batch = {
+        "input_ids": ids,
+        "image_features": torch.randn(1, IMAGE_LENGTH, 32),
+        "labels": ids.new_full(ids.shape, -100),
+    }
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    torch.manual_seed(0)
+    for _ in range(100):
+        loss = model(**batch, image_loss_mask=torch.tensor([True])).image_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # The velocity of a flow is learned at all times and from all noise, which takes longer.
+    assert sum(losses[-10:]) < {"regression": 0.1, "flow": 0.75}[model.config.image_head] * sum(losses[:10])
 
 
 @torch.no_grad()

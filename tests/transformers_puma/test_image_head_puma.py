@@ -87,10 +87,21 @@ def test_seeds_make_different_features(flow_model, processor):
 
 
 def test_wrong_number_of_generators(flow_model, processor):
-    with pytest.raises(ValueError, match="2 generators for 1 prompts"):
-        flow_model.generate_image_features(
-            **processor.prepare_generation(["a"]), generator=[torch.Generator(), torch.Generator()]
-        )
+    inputs = processor.prepare_generation(["a"])
+    for generate in (flow_model.generate_image_features, flow_model.generate_interleaved):
+        with pytest.raises(ValueError, match="2 generators for 1 prompts"):
+            generate(**inputs, generator=[torch.Generator(), torch.Generator()])
+
+
+def test_sampling_integrates_the_velocity_from_noise_to_a_feature(flow_model):
+    """Euler's method, written out with `forward`."""
+    states, sample = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    head, scales = flow_model.image_head, torch.tensor([2, 1, 1, 1, 1])
+    with torch.no_grad():
+        features = head.predict(states, scales, sample, num_steps=3)
+        for time in (0.0, 1 / 3, 2 / 3):
+            sample = sample + head(sample, torch.full((2, 5), time), states) / 3
+    torch.testing.assert_close(features, sample * head.std[scales] + head.mean[scales])
 
 
 def test_the_loss_is_the_velocitys_weighted_per_scale(flow_model, processor):
