@@ -10,7 +10,7 @@ last whole checkpoint.
 from dataclasses import dataclass, field
 
 import torch
-from training_recipe import DataArguments, parse_recipe, run
+from training_recipe import DataArguments, SampleArguments, parse_recipe, run
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import transformers_puma  # noqa: F401
@@ -25,12 +25,16 @@ class ModelArguments:
 
 def main(argv: list[str] | None = None) -> None:
     # The training arguments first: DeepSpeed shards the model while it is read.
-    arguments, source, data = parse_recipe((PumaTrainingArguments, ModelArguments, DataArguments), argv)
+    types = (PumaTrainingArguments, ModelArguments, DataArguments, SampleArguments)
+    arguments, source, data, samples = parse_recipe(types, argv)
     model = AutoModelForMultimodalLM.from_pretrained(
         source.model, dtype=torch.float32, attn_implementation=source.attn_implementation
     )
     processor = AutoProcessor.from_pretrained(source.model)
-    run(PumaTrainer(model, arguments, processing_class=processor, train_dataset=data.load(arguments)))
+    sets = {"train_dataset": data.load(arguments), "eval_dataset": data.load_validation(arguments)}
+    trainer = PumaTrainer(model, arguments, processing_class=processor, **sets)
+    samples.add_to(trainer)
+    run(trainer)
 
 
 if __name__ == "__main__":

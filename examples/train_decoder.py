@@ -12,10 +12,10 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, DDPMScheduler
 from peft import LoraConfig
-from training_recipe import DataArguments, parse_recipe, run
+from training_recipe import DataArguments, parse_recipe, run, shows_samples
 
 from diffusers_puma import PumaUNet2DConditionModel
-from diffusers_puma.training import PumaDecoderTrainer, PumaDecoderTrainingArguments
+from diffusers_puma.training import PumaDecoderSampleCallback, PumaDecoderTrainer, PumaDecoderTrainingArguments
 from transformers_puma.assembly import load_encoder
 
 # Attention of the UNet's blocks, as LoRA training of SDXL has it.
@@ -33,6 +33,7 @@ class DecoderArguments:
         default=None, metadata={"help": "steps of the decoder of each scale, finest first, where max_steps is not set"}
     )
     lora_r: int | None = field(default=None, metadata={"help": "rank of an adapter; None trains the whole decoder"})
+    sample_steps: int = field(default=50, metadata={"help": "denoising steps of the validation set's reconstructions"})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +52,12 @@ def main(argv: list[str] | None = None) -> None:
         image_encoder=load_encoder(decoder.encoder or decoder.model)[0],
         vae=AutoencoderKL.from_pretrained(decoder.model, subfolder="vae"),
         train_dataset=data.load(arguments),
+        eval_dataset=data.load_validation(arguments),
     )
+    if trainer.eval_dataset is not None and shows_samples(arguments):
+        trainer.add_callback(
+            PumaDecoderSampleCallback(trainer, trainer.eval_dataset, num_inference_steps=decoder.sample_steps)
+        )
     run(trainer)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
-from training_recipe import DataArguments, parse_recipe, run
+from training_recipe import DataArguments, SampleArguments, parse_recipe, run
 from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
@@ -65,13 +65,17 @@ class TuningArguments:
 
 def main(argv: list[str] | None = None) -> None:
     # The training arguments first: DeepSpeed shards the model while it is read.
-    arguments, tuning, data = parse_recipe((PumaTrainingArguments, TuningArguments, DataArguments), argv)
+    types = (PumaTrainingArguments, TuningArguments, DataArguments, SampleArguments)
+    arguments, tuning, data, samples = parse_recipe(types, argv)
     half = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     model = tuning.load(half)
     processor = AutoProcessor.from_pretrained(tuning.model)
     if tuning.lora_r is not None:
         model = tuning.add_adapter(model, processor, arguments.gradient_checkpointing)
-    run(PumaTrainer(model, arguments, processing_class=processor, train_dataset=data.load(arguments)))
+    sets = {"train_dataset": data.load(arguments), "eval_dataset": data.load_validation(arguments)}
+    trainer = PumaTrainer(model, arguments, processing_class=processor, **sets)
+    samples.add_to(trainer)
+    run(trainer)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Trainers that kill their own process with SIGKILL, which nothing can catch, and training run to its end."""
+"""Trainers that kill their own process with SIGKILL, which nothing can catch, whose disk is full, or whose weights are
+no numbers; and what a training run ended with."""
 
 import json
 import os
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +35,36 @@ def kill_while_saving(trainer: Trainer, step: int) -> None:
         stock(folder)
 
     trainer._save_rng_state = save_rng_state
+
+
+class FullDisk(TrainerCallback):
+    """Lets no file grow beyond 20 kB once the first checkpoint is there: writing fails as on a full disk."""
+
+    def on_save(self, args, state, control, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+@contextmanager
+def disk_emptied_after() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class Poison(TrainerCallback):
+    """Makes a trained weight no number, as a gradient that overflows does: at `event`, a method of callbacks, when
+    `step` steps are done."""
+
+    def __init__(self, event: str, step: int):
+        self.step = step
+        setattr(self, event, self.poison)
+
+    def poison(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+            with torch.no_grad():
+                weight.view(-1)[0] = float("nan")
 
 
 def losses(trainer: Trainer) -> list[float]:

@@ -23,11 +23,11 @@ RUNS = "tests.distributed.training_runs"
 TOLERANCE = 1e-4  # relative
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["autoregressive", "next_scale"])
+def folder(request, tmp_path_factory) -> Path:
     """With the model that every run starts from, and the run on one process."""
-    folder = tmp_path_factory.mktemp("runs")
-    make_model(make_processor()).save_pretrained(folder / "start")
+    folder = tmp_path_factory.mktemp(request.param)
+    make_model(make_processor(), image_decoding=request.param).save_pretrained(folder / "start")
     trainer = run_trainer(make_arguments(folder / "one", num_processes=1), load(folder))
     assert trainer.accelerator.num_processes == 1
     return folder
@@ -58,8 +58,8 @@ def compare(folder: Path, name: str) -> None:
     assert losses.shape == (2, STEPS)
     difference = relative(losses[1], losses[0])
     print(
-        f"\n{name}, {WORLD_SIZE} processes against one, relative: losses {difference:.1e}, parameters {distance:.1e}, "
-        f"moved by {moved:.1e}; loss {losses[1, 0]:.4f} -> {losses[1, -1]:.4f}"
+        f"\n{folder.name} {name}, {WORLD_SIZE} processes against one, relative: losses {difference:.1e}, "
+        f"parameters {distance:.1e}, moved by {moved:.1e}; loss {losses[1, 0]:.4f} -> {losses[1, -1]:.4f}"
     )
     torch.testing.assert_close(losses[1], losses[0], rtol=TOLERANCE, atol=0)
     assert distance < TOLERANCE < moved

@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from diffusers_puma import PumaPipeline, PumaUNet2DConditionModel
-from tests.test_hub_round_trip import build_pipeline
+from tests.test_hub_round_trip import build_model, build_pipeline, build_processor
+from tests.tracking import pictures, read_events, texts
+from transformers_puma import PumaConfig, PumaForConditionalGeneration
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = EXAMPLES / "configs"
@@ -48,6 +51,7 @@ REPORT = {
     "understanding": (512, None, 1e-5, 500, "cosine"),
 }
 FEW_STEPS = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--disable_tqdm", "true"]
+SILENT = ["--report_to", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,7 @@ def test_every_key_is_an_argument(path, monkeypatch):
     with pytest.raises(InterruptedError):
         scale = ["--scale", "3"] if script is train_decoder else []
         script.main([str(path), "--use_cpu", "true", "--bf16", "false", "--learning_rate", "0.5", *scale])
-    arguments, source, data = seen[0]
+    arguments, source, data, *_ = seen[0]
     assert arguments.learning_rate == 0.5 and not arguments.bf16  # the command line wins
     assert source.model == yaml.safe_load(path.read_text())["model"]
     assert isinstance(data, DataArguments) and data.sources
@@ -114,8 +118,10 @@ def test_the_small_version_runs(stage, data, model, tmp_path, capsys):
     config = str(CONFIGS / "small" / f"{stage}.yaml")
     options = ["--model", model, "--data_root", data, "--output_dir", str(tmp_path), "--use_cpu", "true", *FEW_STEPS]
     if stage == "decoders":
-        options += ["--scale", "1", "--resolution", "8"]
-    SCRIPTS[stage].main([config, *options])
+        options += ["--scale", "1", "--resolution", "8", "--sample_steps", "1"]
+    else:
+        options += ["--sample_decoders", model, "--sample_scale", "1"]
+    SCRIPTS[stage].main([config, *options, "--eval_steps", "2"])
     folder = tmp_path / "unet_1" if stage == "decoders" else tmp_path
 
     metrics = json.loads((folder / "train_results.json").read_text())
@@ -131,6 +137,16 @@ def test_the_small_version_runs(stage, data, model, tmp_path, capsys):
         trained = AutoModelForMultimodalLM.from_pretrained(folder)
         start = build_pipeline().mllm
         assert AutoProcessor.from_pretrained(folder).image_seq_length == 21
+    events = read_events(tmp_path)
+    evaluated = {event.step: event.value for event in events.Scalars("eval/loss")}
+    assert evaluated.keys() == {0, 2, 4}
+    assert (metrics["first_eval_loss"], metrics["last_eval_loss"]) == pytest.approx((evaluated[0], evaluated[4]))
+    for i in range(2):
+        assert texts(events, f"samples/{i}").keys() == {0, 2, 4}
+        shown = pictures(events, f"samples/{i}")[4]
+        if stage in ("decoders", "text_to_image", "editing", "conditional"):
+            assert (shown[..., -8:] != 255).any()  # what was drawn is the rightmost
+
     before = start.state_dict()
     changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and not any("vision_tower" in name for name in changed)
@@ -138,7 +154,7 @@ def test_the_small_version_runs(stage, data, model, tmp_path, capsys):
 
 def test_the_same_command_goes_on(data, model, tmp_path):
     """Stopped at step 2, as after a kill, and started again: the losses of a run that was never stopped."""
-    options = ["--model", model, "--data_root", data, "--use_cpu", "true", *FEW_STEPS]
+    options = ["--model", model, "--data_root", data, "--use_cpu", "true", *FEW_STEPS, *SILENT]
     losses = {}
     for name, limits in {"broken": ["2", "4"], "whole": ["4"]}.items():
         for limit in limits:
@@ -153,11 +169,39 @@ def test_the_same_command_goes_on(data, model, tmp_path):
 def test_tuning_through_lora(data, model, tmp_path):
     config = str(CONFIGS / "small" / "editing.yaml")
     options = ["--model", model, "--data_root", data, "--output_dir", str(tmp_path), "--use_cpu", "true", *FEW_STEPS]
-    tune.main([config, *options, "--lora_r", "2"])
+    tune.main([config, *options, *SILENT, "--lora_r", "2"])
     assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
     adapted = PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(model), tmp_path)
     assert adapted.peft_config["default"].lora_alpha == 4
 
+
+def test_tuning_in_four_bits(data, tmp_path):
+    """Rows of weights must be as long as the blocks that share a scale, 64."""
+    config = build_model().config.to_dict()
+    config["text_config"] |= {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    PumaForConditionalGeneration(PumaConfig.from_dict(config)).save_pretrained(tmp_path / "model")
+    build_processor().save_pretrained(tmp_path / "model")
+    options = [
+        "--data_root",
+        data,
+        "--use_cpu",
+        "true",
+        *FEW_STEPS,
+        *SILENT,
+        "--lora_r",
+        "2",
+        "--load_in_4bit",
+        "true",
+    ]
+    folders = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    tune.main([str(CONFIGS / "small" / "editing.yaml"), *folders, *options])
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("lora_A" in name for name in saved) and not any("base_layer" in name for name in saved)
+
+
+def test_four_bits_need_an_adapter(data, model, tmp_path):
+    config = str(CONFIGS / "small" / "editing.yaml")
+    options = ["--model", model, "--data_root", data, "--output_dir", str(tmp_path), "--use_cpu", "true"]
     with pytest.raises(ValueError, match="load_in_4bit=True freezes the model: give lora_r"):
         tune.main([config, *options, "--load_in_4bit", "true"])
 

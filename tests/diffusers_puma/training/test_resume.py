@@ -1,7 +1,6 @@
 """A decoder's training that is killed, cut short or out of disk space goes on to what it would have been."""
 
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
-from tests.killing import assert_same_weights, losses
+from tests.killing import FullDisk, Poison, assert_same_weights, disk_emptied_after, losses
 from transformers_puma.training.checkpoints import last_whole_checkpoint
 
 from .tiny import main, tiny_unet, trainer
@@ -54,20 +52,11 @@ def test_finished_run_does_nothing_when_started_again(tmp_path):
     assert_same_weights(again.model, run.model)
 
 
-class Disk(TrainerCallback):
-    """Lets no file grow beyond 20 kB once the first checkpoint is there: writing fails as on a full disk."""
-
-    def on_save(self, args, state, control, **kwargs):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-
-
 def test_full_disk_stops_with_the_last_checkpoint_kept(tmp_path):
-    run = trainer(tmp_path, callbacks=[Disk()], **ARGUMENTS)
-    try:
-        with pytest.raises(OSError, match=r"checkpoint-8 could not be written, with \d+ MiB free .*checkpoint-4;"):
-            run.train(resume_from_checkpoint=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run = trainer(tmp_path, callbacks=[FullDisk()], **ARGUMENTS)
+    message = r"checkpoint-8 could not be written, with \d+ MiB free .*checkpoint-4;"
+    with disk_emptied_after(), pytest.raises(OSError, match=message):
+        run.train(resume_from_checkpoint=True)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
     resumed, unbroken = trainer(tmp_path, **ARGUMENTS), trainer(tmp_path / "unbroken", **ARGUMENTS)
@@ -75,6 +64,15 @@ def test_full_disk_stops_with_the_last_checkpoint_kept(tmp_path):
     unbroken.train()
     assert losses(resumed) == losses(unbroken)
     assert_same_weights(resumed.model, unbroken.model)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_last_checkpoint_kept(tmp_path):
+    run = trainer(tmp_path, callbacks=[Poison("on_step_begin", 5)], **ARGUMENTS)
+    with pytest.raises(FloatingPointError, match=r"the loss of step 6 is nan.*checkpoint-4; resume_from"):
+        run.train(resume_from_checkpoint=True)
+    run = trainer(tmp_path / "later", callbacks=[Poison("on_step_end", 8)], **ARGUMENTS)
+    with pytest.raises(FloatingPointError, match=r"is not finite after step 8: not saved.*checkpoint-4;"):
+        run.train(resume_from_checkpoint=True)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path):

@@ -9,9 +9,9 @@ import signal
 import pytest
 import torch
 from datasets import IterableDataset
-from transformers import TrainerCallback
+from safetensors.torch import load_file
 
-from tests.killing import assert_same_weights, kill_while_saving, losses
+from tests.killing import FullDisk, Poison, assert_same_weights, disk_emptied_after, kill_while_saving, losses
 from transformers_puma.training import (
     PumaDPOConfig,
     PumaDPOTrainer,
@@ -33,6 +33,7 @@ READ = [{"prompt": "<image>", "completion": "words " * i, "images": PICTURES[i :
 PREFERRED = [
     {"prompt": "<image>what?", "chosen": "cat", "rejected": "no", "images": [picture]} for picture in PICTURES
 ]
+KINDS = ["noisy", "sft with LoRA on a stream", "dpo"]
 OPTIONS = {
     "max_steps": 7,
     "per_device_train_batch_size": 1,
@@ -78,7 +79,7 @@ def train_until_killed(kind: str, processor, folder) -> None:
     trainer.train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("kind", ["noisy", "sft with LoRA on a stream", "dpo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_killed_run_goes_on_to_the_same_losses(processor, tmp_path, kind):
     unbroken = make_trainer(kind, processor, tmp_path / "unbroken")
     unbroken.train(resume_from_checkpoint=True)
@@ -142,35 +143,35 @@ def test_resuming_from_a_cut_checkpoint_by_name_is_refused(processor, trained, t
         trainer.train(resume_from_checkpoint=True)
 
 
-class Poison(TrainerCallback):
-    """Makes a weight no number, as a gradient that overflows does; before or after the step of which it is called."""
-
-    def __init__(self, step: int, event: str):
-        self.step = step
-        setattr(self, event, self.poison)
-
-    def poison(self, args, state, control, model, **kwargs):
-        if state.global_step == self.step:
-            with torch.no_grad():
-                model.image_head.weight[0, 0] = float("nan")
-
-
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("event", "step", "message"),
     [
         ("on_step_begin", 4, r"the loss of step 5 is nan.*checkpoint-3; resume_from_checkpoint=True goes on from it"),
-        ("on_step_end", 6, r"image_head.weight is not finite after step 6: not saved.*checkpoint-3;"),
+        ("on_step_end", 6, r"is not finite after step 6: not saved.*checkpoint-3;"),
         ("on_step_begin", 1, r"the loss of step 2 is nan. There is no whole checkpoint"),
     ],
 )
-def test_a_loss_that_is_no_number_stops_with_the_last_checkpoint_kept(processor, tmp_path, event, step, message):
-    trainer = make_trainer("noisy", processor, tmp_path)
-    trainer.add_callback(Poison(step, event))
+def test_a_loss_that_is_no_number_stops_with_the_last_checkpoint_kept(processor, tmp_path, kind, event, step, message):
+    trainer = make_trainer(kind, processor, tmp_path)
+    trainer.add_callback(Poison(event, step))
     with pytest.raises(FloatingPointError, match=message):
         trainer.train(resume_from_checkpoint=True)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == (["checkpoint-3"] if step > 3 else [])
     if step > 3:
-        weights = make_model(processor).from_pretrained(tmp_path / "checkpoint-3").state_dict().values()
-        assert all(torch.isfinite(weight).all() for weight in weights)
+        assert not missing_files(tmp_path / "checkpoint-3")
+        (weights,) = (tmp_path / "checkpoint-3").glob("*model.safetensors")
+        assert all(torch.isfinite(weight).all() for weight in load_file(weights).values())
         state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
         assert state["global_step"] == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_stops_with_the_last_checkpoint_kept(processor, tmp_path, kind):
+    trainer = make_trainer(kind, processor, tmp_path)
+    trainer.add_callback(FullDisk())
+    message = r"checkpoint-6 could not be written, with \d+ MiB free .*checkpoint-3; resume_from_checkpoint=True"
+    with disk_emptied_after(), pytest.raises(OSError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not missing_files(tmp_path / "checkpoint-3")

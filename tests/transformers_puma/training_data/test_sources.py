@@ -251,11 +251,12 @@ def write_edits(root: Path) -> None:
     turns = {"source_image": "x/0.jpg"}
     for turn in (1, 2):
         turns |= {f"instruction_{turn}": f"turn {turn}", f"edit_image_{turn}": f"x/{turn}.jpg"}
+    turns |= {"instruction_3": None, "edit_image_3": None}  # in a table of rows with more turns
     write_json_lines(part3 / "annotations/split_0001.jsonl", [turns])
     for i, file in enumerate(
         [part1 / "images/source_images/a.jpg", part1 / "images/target_images/a.jpg"]
         + [part2 / "images/a.jpg", part2 / "images/b.jpg"]
-        + [part3 / f"images/x/{turn}.jpg" for turn in range(3)]
+        + [part3 / f"images/data/x/{turn}.jpg" for turn in range(3)]
     ):
         write_picture(file, seed=i)
 

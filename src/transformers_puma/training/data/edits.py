@@ -8,8 +8,9 @@ Layout, from the cards of huggingface.co/datasets/AILab-CVC/SEED-Data-Edit-Part1
   `multi_turn_editing/`; each with `annotations/*.jsonl` and `images/`, unpacked.
 - parts 1 and 2: `source_image`, `target_image`, `instruction`; part 1 also has `annotations_GPT4V/`, where
   `instruction_new` is the instruction rewritten.
-- part 3: `source_image`, then `instruction_1`, `edit_image_1`, `instruction_2`, ..., at most five turns. These names
-  are taken from code that reads them, not from the data themselves, and so is `target_image` in part 2.
+- part 3: `source_image`, then `instruction_1`, `edit_image_1`, `instruction_2`, ..., at most five turns; its archive of
+  pictures has them in a folder `data`. This is taken from code that reads them, not from the data themselves, and so is
+  `target_image` in part 2.
 """
 
 import functools
@@ -50,8 +51,10 @@ def _parse_edit(raw: dict[str, str]) -> list[Sample]:
         pictures = [picture(source), picture(field(record, "target_image"))]
         return [make_sample(raw["key"], {"instruction": instruction}, pictures)]
 
+    if (images / "data").is_dir():
+        picture = functools.partial(image_file, images / "data")
     samples, turn = [], 1
-    while f"edit_image_{turn}" in record:
+    while record.get(f"edit_image_{turn}"):
         edited, instruction = field(record, f"edit_image_{turn}"), text_field(record, f"instruction_{turn}")
         pictures = [picture(source), picture(edited)]
         samples.append(make_sample(f"{raw['key']}#{turn}", {"instruction": instruction}, pictures))
