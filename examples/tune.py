@@ -17,6 +17,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesCo
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 from transformers_puma.training import PumaTrainer, PumaTrainingArguments, puma_lora_config, puma_token_ids
+from transformers_puma.training.lora import UNQUANTIZED
 
 
 @dataclass
@@ -36,13 +37,12 @@ class TuningArguments:
         """The model in full precision where it is trained whole, its frozen weights in `half` or in four bits."""
         quantization = None
         if self.load_in_4bit:
-            # Encoder, projector and heads stay as they are: small, and sensitive.
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=half,
-                llm_int8_skip_modules=["vision_tower", "projector", "image_head", "lm_head"],
+                llm_int8_skip_modules=UNQUANTIZED,
             )
         return AutoModelForMultimodalLM.from_pretrained(
             self.model,

@@ -181,18 +181,8 @@ def test_tuning_in_four_bits(data, tmp_path):
     config["text_config"] |= {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
     PumaForConditionalGeneration(PumaConfig.from_dict(config)).save_pretrained(tmp_path / "model")
     build_processor().save_pretrained(tmp_path / "model")
-    options = [
-        "--data_root",
-        data,
-        "--use_cpu",
-        "true",
-        *FEW_STEPS,
-        *SILENT,
-        "--lora_r",
-        "2",
-        "--load_in_4bit",
-        "true",
-    ]
+    four_bits = ["--lora_r", "2", "--load_in_4bit", "true"]
+    options = ["--data_root", data, "--use_cpu", "true", *FEW_STEPS, *SILENT, *four_bits]
     folders = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
     tune.main([str(CONFIGS / "small" / "editing.yaml"), *folders, *options])
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -8,6 +8,10 @@ from ..processing_puma import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, P
 # The encoder's layers have names of the same kind: only those of the language model are meant.
 LINEAR_LAYERS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
+# For `llm_int8_skip_modules` of a `BitsAndBytesConfig` (QLoRA): encoder, projector and heads stay as they are. They
+# are small, and the encoder's features are the targets. Patterns hold from the start of a name, hence the dots.
+UNQUANTIZED = [r".*vision_tower", r".*projector", r".*image_head", r".*lm_head"]
+
 
 def puma_token_ids(processor: PumaProcessor) -> list[int]:
     """Ids of the tokens that `add_puma_tokens` gave the tokenizer, 227 with 224 location tokens."""

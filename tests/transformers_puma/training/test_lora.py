@@ -14,6 +14,7 @@ from transformers_puma.training import (
     puma_lora_config,
     puma_token_ids,
 )
+from transformers_puma.training.lora import UNQUANTIZED
 
 from ..conftest import TEXT, make_model, make_picture
 
@@ -131,9 +132,12 @@ def test_qlora(processor, rows, tmp_path):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=["vision_tower", "projector", "image_head", "lm_head"],
+        llm_int8_skip_modules=UNQUANTIZED,
     )
     model = PumaForConditionalGeneration.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    four_bits = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert four_bits == {name for name in linear if "language_model" in name}
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = get_peft_model(model, puma_lora_config(model, puma_token_ids(processor), r=2))
     layer = model.get_base_model().model.language_model.layers[0].self_attn.q_proj.base_layer

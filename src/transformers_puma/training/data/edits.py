@@ -8,9 +8,9 @@ Layout, from the cards of huggingface.co/datasets/AILab-CVC/SEED-Data-Edit-Part1
   `multi_turn_editing/`; each with `annotations/*.jsonl` and `images/`, unpacked.
 - parts 1 and 2: `source_image`, `target_image`, `instruction`; part 1 also has `annotations_GPT4V/`, where
   `instruction_new` is the instruction rewritten.
-- part 3: `source_image`, then `instruction_1`, `edit_image_1`, `instruction_2`, ..., at most five turns; its archive of
-  pictures has them in a folder `data`. This is taken from code that reads them, not from the data themselves, and so is
-  `target_image` in part 2.
+- part 3: `source_image`, then `instruction_1`, `edit_image_1`, `instruction_2`, ..., at most five turns; its archive
+  of pictures has them in a folder `data`. This is taken from code that reads them, not from the data themselves, and
+  so is `target_image` in part 2.
 """
 
 import functools
