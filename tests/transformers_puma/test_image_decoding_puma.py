@@ -214,14 +214,16 @@ def test_a_scale_costs_its_passes_and_does_not_depend_on_finer_ones(decoding_mod
         torch.testing.assert_close(feature, finest[coarse], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 @torch.no_grad()
-def test_eager_attention_agrees(decoding_model, processor):
+def test_other_attention_agrees(decoding_model, processor, attention):
     inputs = processor.prepare_generation(*PROMPTS)
-    expected = flatten_scales(decoding_model.generate_image_features(**inputs))
+    expected = flatten_scales(decoding_model.generate_image_features(**inputs, scale=1))
     language_model = decoding_model.model.language_model
-    language_model.set_attn_implementation("eager")
+    language_model.set_attn_implementation(attention)
     try:
-        features = flatten_scales(decoding_model.generate_image_features(**inputs))
+        with torch.compiler.set_stance("force_eager"):  # flex attention as it is, without a compiler for the device
+            features = flatten_scales(decoding_model.generate_image_features(**inputs, scale=1))
     finally:
         language_model.set_attn_implementation("sdpa")
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
@@ -270,7 +272,7 @@ def test_a_batch_of_text_alone_trains_through_the_image_modules_with_zero_gradie
 
 
 def test_the_flex_attention_mask_is_the_dense_one(processor):
-    """As a function of positions; running it needs a compiler for the device."""
+    """As a function of positions."""
     config = make_model(processor).config.text_config
     blocks = torch.tensor([[-1, 0, 1, 1, 1, 1, -1, 2], [-1, -1, -1, 0, 1, 1, 1, 1]])
     attention_mask = torch.tensor([[1] * 8, [0] * 2 + [1] * 6])
@@ -278,7 +280,8 @@ def test_the_flex_attention_mask_is_the_dense_one(processor):
     masks = {}
     for implementation in ("sdpa", "flex_attention"):
         config._attn_implementation = implementation
-        masks[implementation] = blockwise_causal_mask(config, embeds, attention_mask, None, None, blocks)
+        with torch.compiler.set_stance("force_eager"):
+            masks[implementation] = blockwise_causal_mask(config, embeds, attention_mask, None, None, blocks)
     index = torch.arange(8)
     mask_mod = masks["flex_attention"].mask_mod
     for row in range(2):
