@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, one_line
-from .eval_report import OTHERS, REPORT
+from .eval_report import INPUT_SCALES, OTHERS, REPORT
+
+NEAR_ONE = ("clip_", "dino", "lpips", "nmse_")
+LOSSES = {"lost_coding": "encoder and decoder", "lost_prediction": "prediction", "lost_drift": "drift"}
 
 
 def add_parser(subparsers) -> None:
@@ -16,21 +19,33 @@ def add_parser(subparsers) -> None:
         description="Print results of one evaluation side by side, with the report's own rows beside them.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its results.json")
+    add_plot_option(parser)
+
+
+def add_plot_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--plot", metavar="OUT.png", help="also draw the granularity curve: control against diversity over the scales"
+        "--plot",
+        metavar="OUT.png",
+        help="also draw the results: for pictures the granularity curve, control against diversity over the scales",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     files = [find_results(name) for name in args.runs]
-    if args.plot is not None:
-        from .eval_plot import plot_granularity
-        from .pictures import check_output
-
-        plot_granularity(read_all(files), check_output(args.plot))
+    read_all(files)
+    draw_results(files, args.plot)
     print_results(files)
     if args.plot is not None:
         print(args.plot)
+
+
+def draw_results(files: list[Path], output: str | None) -> None:
+    """`--plot`; nothing without it."""
+    if output is not None:
+        from .eval_plot import plot_results
+        from .pictures import check_output
+
+        plot_results(read_all(files), check_output(output))
 
 
 def find_results(name: str) -> Path:
@@ -71,7 +86,9 @@ def print_results(files: list[Path]) -> list[dict[str, Any]]:
     for line in _differences(names, results):
         print(line)
     if any(result["scores"] for result in results):
-        print("\n".join(["", *_align(_rows(names, results)), *_others(results[0])]))
+        print("\n".join(["", *_align(_rows(names, results)), *reported_rows(results)]))
+    if results[0]["task"] == "features":
+        print("\n".join(["", *_align(lost_quality(names, results))]))
     return results
 
 
@@ -88,44 +105,63 @@ def _differences(names: list[str], results: list[dict[str, Any]]) -> list[str]:
 
 def _rows(names: list[str], results: list[dict[str, Any]]) -> list[list[str]]:
     report = REPORT.get(results[0]["task"], {})
-    lines = [["", "metric", *names, *(["report"] if report else [])]]
+    lines = [["", "metric", *names, "report"]]
     rows = {row: None for result in results for row in result["scores"]}
     for row in rows:
         metrics = {name: None for result in results for name in result["scores"].get(row, {})}
         for metric in metrics:
-            cells = [_cell(result["scores"].get(row, {}).get(metric)) for result in results]
-            reported = [_number(report.get(row, {}).get(metric))] if report else []
-            lines.append([_row_name(row), metric, *cells, *reported])
-    return lines
+            cells = [_cell(result["scores"].get(row, {}).get(metric), metric) for result in results]
+            lines.append([_row_name(row), metric, *cells, _number(report.get(row, {}).get(metric), metric)])
+    # Of data and metrics that the report does not have it has no number, and then no column.
+    return lines if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
 
 
 def _row_name(row: str) -> str:
     return f"scale {row}" if row.isdigit() else row
 
 
-def _cell(score: dict[str, float] | None) -> str:
+def _cell(score: dict[str, float] | None, metric: str) -> str:
     if score is None:
         return ""
-    interval = f" [{_number(score['low'])}, {_number(score['high'])}]" if "low" in score else ""
-    return _number(score["mean"]) + interval
+    interval = f" [{_number(score['low'], metric)}, {_number(score['high'], metric)}]" if "low" in score else ""
+    return _number(score["mean"], metric) + interval
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, metric: str) -> str:
+    """Metrics around 1 with four decimals; decibels, percent and Fréchet distances with two."""
     if value is None:
         return ""
-    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
+    return f"{value:.{4 if metric.startswith(NEAR_ONE) else 2}f}"
 
 
-def _others(result: dict[str, Any]) -> list[str]:
-    """The report's rows of other models, of the metrics that were measured."""
-    others = OTHERS.get(result["task"], {})
-    measured = {metric: None for scores in result["scores"].values() for metric in scores}
-    metrics = [metric for metric in measured if any(metric in row for row in others.values())]
-    if not metrics:
-        return []
-    lines = [["others in the report", *metrics]]
-    lines += [[name, *(_number(row.get(metric)) for metric in metrics)] for name, row in others.items()]
-    return ["", *_align(lines)]
+def lost_quality(names: list[str], results: list[dict[str, Any]]) -> list[list[str]]:
+    """Where each model loses its PSNR, in dB, scale by scale; at the end the largest loss."""
+    lines = [["where PSNR is lost (dB)", *LOSSES.values(), "most in"]]
+    for name, result in zip(names, results, strict=True):
+        for scale in sorted(filter(str.isdigit, result["scores"])):
+            lost = {label: result["scores"][scale][metric]["mean"] for metric, label in LOSSES.items()}
+            most = max(lost, key=lost.get)
+            lines.append([f"{name}, scale {scale}", *(f"{value:.2f}" for value in lost.values()), most])
+    return lines
+
+
+def reported_rows(results: list[dict[str, Any]]) -> list[str]:
+    """Lines with the report's rows of other models, and of models that read one scale (table 5), as far as they have
+    what was measured."""
+    task = results[0]["task"]
+    by_benchmark = task == "understanding"
+    rows = [(row, metric) for result in results for row, metrics in result["scores"].items() for metric in metrics]
+    columns = list(dict.fromkeys(row if by_benchmark else metric for row, metric in rows))
+    lines = _table("others in the report", OTHERS.get(task, {}), columns)
+    return lines + (_table("table 5, scales read", INPUT_SCALES, columns) if by_benchmark else [])
+
+
+def _table(title: str, rows: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
+    """A heading and the rows that have a number, with an empty line before; nothing if none has."""
+    columns = [column for column in columns if any(column in row for row in rows.values())]
+    rows = {name: row for name, row in rows.items() if row.keys() & set(columns)}
+    lines = [[name, *(_number(row.get(column), column) for column in columns)] for name, row in rows.items()]
+    return ["", *_align([[title, *columns], *lines])] if lines else []
 
 
 def _align(lines: list[list[str]]) -> list[str]:

@@ -6,7 +6,7 @@ from .eval_options import (
     add_drawing_options,
     add_lpips_option,
     add_run_options,
-    check_data,
+    check_files,
     check_metrics,
     draw_benchmark,
     load_drawer,
@@ -42,7 +42,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    data, model = check_data(args.data), find_model(args.model)
+    data, model = check_files(args), find_model(args.model)
     model.require_language_model("a prompt")
     if args.benchmark is not None:
         return draw_benchmark(args, model, data)

@@ -6,7 +6,7 @@ from .eval_options import (
     add_drawing_options,
     add_lpips_option,
     add_run_options,
-    check_data,
+    check_files,
     load_drawer,
     missing_packages_as_user_errors,
     run_evaluation,
@@ -35,7 +35,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    data, model = check_data(args.data), find_model(args.model)
+    data, model = check_files(args), find_model(args.model)
     model.require_language_model("a prompt")
     with missing_packages_as_user_errors():
         from diffusers_puma.evaluation import FeatureErrors, load_lpips, open_captions, open_edits

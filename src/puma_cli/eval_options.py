@@ -1,14 +1,17 @@
 """What the evaluations share: options, the run's folder, models on each process's device, and printing results."""
 
 import argparse
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError
+from .eval_compare import add_plot_option, draw_results, print_results
 from .model_source import ModelSource
 from .options import add_model_options, number, positive, scale, seed
+from .pictures import check_output
 
 if TYPE_CHECKING:
     from diffusers_puma.evaluation import Drawer, Evaluation, Samples
@@ -29,6 +32,7 @@ def add_run_options(parser: argparse.ArgumentParser, task: str, data: str) -> No
         metavar="DIR",
         help=f"folder of the run, which goes on from what is in it (runs/eval/{task})",
     )
+    add_plot_option(parser)
     add_model_options(parser)
 
 
@@ -58,11 +62,17 @@ def add_lpips_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_data(path: str) -> Path:
-    """Raises `UserError` if nothing is there; to be called before a model is loaded."""
-    found = Path(path).expanduser()
+def check_files(args: argparse.Namespace) -> Path:
+    """`--data`, and `--plot` if it is given; to be called before a model is loaded.
+
+    Raises:
+        UserError: no such data, or a plot that could not be written.
+    """
+    found = Path(args.data).expanduser()
     if not found.exists():
         raise UserError(f"no such data: {found}")
+    if args.plot is not None:
+        check_output(args.plot)
     return found
 
 
@@ -104,11 +114,17 @@ def choose_gpu() -> None:
 
 @contextmanager
 def missing_packages_as_user_errors() -> Iterator[None]:
-    """What evaluation needs beyond a plain installation is in an extra."""
+    """What evaluation needs beyond a plain installation is in an extra.
+
+    What libraries log while they look for weights is kept away: the error that they raise says it again.
+    """
+    logging.disable(logging.ERROR)
     try:
         yield
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'puma-hub[eval]'") from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def check_metrics(metrics: list[str]) -> set[str]:
@@ -124,7 +140,8 @@ def draw_benchmark(args: argparse.Namespace, model: ModelSource, data: Path) -> 
     Raises:
         UserError: options that only say how pictures are compared.
     """
-    for name in ("metrics", "template", "split", "clip", "dino", "inception_weights", "lpips_weights", "size"):
+    compared = ("metrics", "template", "split", "clip", "dino", "inception_weights", "lpips_weights", "size", "plot")
+    for name in compared:
         if getattr(args, name, None) is not None:
             raise UserError(f"--{name.replace('_', '-')} does nothing with --benchmark, which compares no pictures")
     with missing_packages_as_user_errors():
@@ -142,12 +159,19 @@ def run_evaluation(args: argparse.Namespace, evaluation: "Evaluation", samples: 
     """Runs, and prints the results if this process finds all samples done; whether it does."""
     from diffusers_puma.evaluation import evaluate
 
-    from .eval_compare import print_results
     from .loading import quiet_libraries
 
     with quiet_libraries():
         file = evaluate(evaluation, samples.first(args.limit), args.out, model=model, batch_size=args.batch_size)
     if file is not None:
-        print_results([file])
-        print(file)
+        report_results([file], args.plot)
     return file is not None
+
+
+def report_results(files: list[Path], plot: str | None) -> None:
+    """Prints results and where they are."""
+    print_results(files)
+    print("\n".join(map(str, files)))
+    if plot is not None:
+        draw_results(files, plot)
+        print(plot)

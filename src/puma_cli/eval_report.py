@@ -1,8 +1,9 @@
 """The report's own numbers, tables 1 to 6 (arXiv 2410.13861v2), as the evaluations here name their scores.
 
 `REPORT[task]` is `{row: {metric: value}}` with the rows of PUMA itself: a scale ("0" finest .. "4"), "max" for the
-5-scale maximum, or a benchmark. `OTHERS[task]` are the models beside it. `INPUT_SCALES` is table 5, whose rows are
-models tuned to read one scale or all.
+5-scale maximum, or a benchmark. `OTHERS[task]` are the models beside it, `{model: {column: value}}` with metrics as
+columns, and for understanding benchmarks, each with its one metric. `INPUT_SCALES` is table 5 in the same form, whose
+rows are models tuned to read one scale or all.
 """
 
 REPORT = {
@@ -57,6 +58,17 @@ OTHERS = {
         "MagicBrush": {"clip_i": 0.838, "clip_t": 0.222, "dino": 0.776},
         "EMU-Edit": {"clip_i": 0.859, "clip_t": 0.231, "dino": 0.819},
         "OmniGen": {"clip_i": 0.836, "clip_t": 0.233, "dino": 0.804},
+    },
+    "understanding": {
+        "LLaVA-v1.5": {"mmbench": 64.3, "mme": 1510.7, "gqa": 62.0, "vqav2": 78.5, "pope": 85.9, "vizwiz": 50.0},
+        "InstructBLIP": {"mme": 1212.8, "gqa": 49.5, "pope": 78.9, "vizwiz": 33.4},
+        "Qwen-VL-Chat": {"mme": 1487.5, "gqa": 57.5, "vqav2": 78.2, "vizwiz": 38.9},
+        "mPLUG-Owl2": {"mmbench": 64.5, "mme": 1450.2, "gqa": 56.1, "vqav2": 79.4, "pope": 85.8, "vizwiz": 54.5},
+        "Emu": {"vqav2": 57.2},
+        "NExT-GPT": {"mmbench": 58.0, "vqav2": 66.7, "vizwiz": 48.4},
+        "SEED-X": {"mmbench": 75.4, "mme": 1457.0, "gqa": 47.9, "pope": 84.2},
+        "Chameleon": {"vqav2": 66.0},
+        "Emu2-Chat": {"gqa": 65.1, "vqav2": 84.9, "vizwiz": 54.9},
     },
 }
 

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from .errors import UserError
-from .eval_compare import print_results, read_results
-from .eval_options import add_run_options, check_data, choose_gpu, missing_packages_as_user_errors
+from .eval_compare import draw_results, read_results
+from .eval_options import add_run_options, check_files, choose_gpu, missing_packages_as_user_errors, report_results
 from .eval_report import INPUT_SCALES
 from .model_source import ModelSource, find_model
 from .options import positive
@@ -49,7 +49,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.models and args.model:
         raise UserError("--model and --models exclude each other")
-    data = check_data(args.data)
+    data = check_files(args)
     models = [find_model(name) for name in args.models or [args.model]]
     for model in models:
         model.require_language_model("a question")
@@ -59,10 +59,11 @@ def run(args: argparse.Namespace) -> None:
         benchmark = find_benchmark(args.benchmark)(data, args.split, args.limit)
     folder = Path(args.out, args.benchmark)
     if not args.models:
-        _report(_evaluate(args, models[0], benchmark, folder))
+        _report(_evaluate(args, models[0], benchmark, folder), args.plot)
         return
     files = [_evaluate(args, model, benchmark, folder / model.name.strip("/").replace("/", "--")) for model in models]
     if None not in files:
+        draw_results(files, args.plot)
         print("\n".join(input_scales_table(sorted(Path(args.out).glob(f"*/*/{RESULTS}")))))
 
 
@@ -85,13 +86,13 @@ def _evaluate(args: argparse.Namespace, source: ModelSource, benchmark, folder: 
         )
 
 
-def _report(file: Path | None) -> None:
+def _report(file: Path | None, plot: str | None) -> None:
     if file is None:
         return
-    (results,) = print_results([file])
-    if results["submission"]:
-        print(file.with_name(results["submission"]))
-    print(file)
+    submission = read_results(file)["submission"]
+    if submission:
+        print(file.with_name(submission))
+    report_results([file], plot)
 
 
 def input_scales_table(files: list[Path]) -> list[str]:

@@ -53,6 +53,9 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
+STAGES = {"coding": "encoder and decoder", "prediction": "prediction", "drift": "drift"}
+
+
 def read_results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
@@ -104,10 +107,21 @@ def test_generation_editing_and_features(run, fails, full_folder, edits, distrib
 
     status, out, _ = run("editing", *common, "--metrics", "clip", "lpips", "--clip", clip_name, "--out", "edits")
     assert status == 0 and read_results(Path("edits"))["settings"]["seeds"] == [0]
-    assert read_results(Path("edits"))["scores"]["3"].keys() == {"clip_i", "clip_t", "psnr_t", "lpips_t"}
+    assert read_results(Path("edits"))["scores"]["3"].keys() == {
+        "clip_i",
+        "clip_t",
+        "psnr_t",
+        "lpips_s",
+        "lpips_t",
+    }
 
-    status, out, _ = run("features", *common, "--edits", "--out", "features")
-    assert status == 0 and "vae      psnr" in out
+    status, out, _ = run("features", *common, "--edits", "--out", "features", "--plot", "features.png")
+    assert status == 0 and "vae      psnr" in out and out.endswith("features/results.json\nfeatures.png\n")
+    assert Path("features.png").stat().st_size > 10_000
+    (verdict,) = [line.split() for line in out.splitlines() if line.startswith("A, scale 3")]
+    lost = [read_results(Path("features"))["scores"]["3"][f"lost_{name}"]["mean"] for name in STAGES]
+    assert verdict[3:6] == [f"{value:.2f}" for value in lost]
+    assert " ".join(verdict[6:]) == STAGES[list(STAGES)[lost.index(max(lost))]]
     assert {"nmse_forced", "psnr_free"} < read_results(Path("features"))["scores"]["3"].keys()
 
     fails("choose one", "generation", *common, "--metrics", "fid", "frechet_alexnet")
@@ -144,8 +158,31 @@ def test_the_granularity_curve(run, fails, tmp_path):
     both = Path("curve.png").read_bytes()
     run("compare", "a", "--plot", "curve.png")
     assert Path("curve.png").read_bytes() != both  # two runs of one model are two curves
-    fails("draws results of reconstruction or generation, not of editing", "compare", "c", "--plot", "c.png")
+    fails(
+        "draws editing with numbers of clip_i and clip_t or of lpips_s and lpips_t", "compare", "c", "--plot", "c.png"
+    )
     fails("must be a .png file", "compare", "a", "--plot", "curve.pdf")
+
+
+def test_plots_of_edits_and_answers(run, tmp_path):
+    def draw(task: str, scores: dict) -> bytes:
+        content = {"task": task, "scores": scores, "num_samples": 1, "settings": {"model": "m", "data": "d"}}
+        Path("results.json").write_text(json.dumps(content))
+        assert run("compare", "results.json", "--plot", "plot.png")[0] == 0
+        return Path("plot.png").read_bytes()
+
+    def score(value: float) -> dict:
+        return {"mean": value, "low": value - 1, "high": value + 1, "n": 3}
+
+    edits = {str(scale): {"lpips_s": score(scale / 4), "lpips_t": score(0.5)} for scale in range(5)}
+    unchanged = {"lpips_s": score(0.0), "lpips_t": score(0.8)}
+    assert draw("editing", edits) != draw("editing", {**edits, "unchanged": unchanged})
+    answers = {
+        "questions": {"accuracy": score(60), "majority": score(50)},
+        "questions: style": {"accuracy": score(70)},
+    }
+    without = {**answers, "questions": {"accuracy": score(60)}}
+    assert draw("understanding", answers) != draw("understanding", without)
 
 
 def test_compare_puts_results_beside_the_reports(run, fails, tmp_path):
@@ -167,6 +204,15 @@ def test_compare_puts_results_beside_the_reports(run, fails, tmp_path):
     assert ["scale", "0", "fid", "12.35"] in lines
     assert ["max", "clip_i", "0.7000", "0.7360"] in lines
     assert ["SEED-X", "0.7290"] in lines
+
+    ours = {"gqa": {"accuracy": {"mean": 50.0}}, "mme": {"perception": {"mean": 1400.0}}}
+    _, out, _ = run("compare", write("understood", "understanding", ours))
+    lines = [line.split() for line in out.splitlines()]
+    assert ["gqa", "accuracy", "50.00", "60.60"] in lines and ["mme", "perception", "1400.00", "1490.30"] in lines
+    assert ["LLaVA-v1.5", "62.00", "1510.70"] in lines  # table 4
+    assert ["f4-f0", "61.00", "1445.50"] in lines and ["f4", "0.00", "1252.60"] in lines  # table 5
+    _, out, _ = run("compare", write("own", "understanding", {"questions": {"accuracy": {"mean": 50.0}}}))
+    assert "report" not in out
 
     fails("different evaluations: editing, generation", "compare", first, other)
     fails("no results", "compare", tmp_path / "nothing")

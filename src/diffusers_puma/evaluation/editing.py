@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from transformers_puma.evaluation.runner import Row
+from transformers_puma.evaluation.runner import Row, bootstrap_mean
 
 from .drawing import Drawer, summarize
 from .encoders import ClipEncoder, DinoEncoder, cosine
@@ -13,6 +13,7 @@ from .lpips import lpips_distance
 from .pictures import as_square, psnr, to_tensor
 
 BEST = {"clip_i": max, "clip_t": max, "dino": max, "psnr_t": max, "lpips_t": min}
+UNCHANGED = "unchanged"
 
 
 class Editing:
@@ -20,9 +21,11 @@ class Editing:
 
     clip_i, dino: cosine between the edited picture and its source.
     clip_t: CLIP's cosine between the edited picture and the target's caption.
+    lpips_s: LPIPS between the edited picture and its source.
     psnr_t, lpips_t: against the target's true picture, for data that has it.
 
-    The drawer has one seed: the report has one picture of each scale.
+    The drawer has one seed: the report has one picture of each scale. A row "unchanged" has what the source scores as
+    its own edit, which an edit that does nothing reaches as well.
     """
 
     task = "editing"
@@ -56,6 +59,9 @@ class Editing:
             scores = self._scores(samples, sources, [group[0] for group in groups])
             for index, row in enumerate(rows):
                 row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
+        unchanged = self._scores(samples, sources, [as_square(source, self.drawer.size) for source in sources])
+        for index, row in enumerate(rows):
+            row["scores"][UNCHANGED] = {name: values[index] for name, values in unchanged.items()}
         return rows
 
     def _scores(
@@ -69,6 +75,9 @@ class Editing:
                 scores["clip_t"] = cosine(vectors, self.clip.texts([sample["caption"] for sample in samples]))
         if self.dino is not None:
             scores["dino"] = cosine(self.dino.pictures(pictures), self.dino.pictures(sources))
+        if self.lpips is not None:
+            squares = to_tensor([as_square(source, self.drawer.size) for source in sources])
+            scores["lpips_s"] = lpips_distance(self.lpips, squares, to_tensor(pictures)).tolist()
         if all("target" in sample for sample in samples):
             targets = to_tensor([as_square(sample["target"], self.drawer.size) for sample in samples])
             scores["psnr_t"] = psnr(targets, to_tensor(pictures)).tolist()
@@ -78,4 +87,6 @@ class Editing:
 
     def scores(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
         measured = rows[0]["scores"][str(self.drawer.scales[0])]
-        return summarize(rows, self.drawer.scales, {name: BEST[name] for name in BEST if name in measured})
+        table = summarize(rows, self.drawer.scales, {name: BEST[name] for name in BEST if name in measured})
+        unchanged = {name: bootstrap_mean([row["scores"][UNCHANGED][name] for row in rows]) for name in measured}
+        return {**table, UNCHANGED: unchanged}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers_puma.evaluation.runner import Row, run_samples, weights_fingerprint, write_results
+from transformers_puma.evaluation.runner import Row, model_settings, run_samples, write_results
 
 from .data import Samples
 
@@ -37,14 +37,7 @@ def evaluate(
     Returns:
         The results file; None if other processes are still at work, one of which will write it.
     """
-    weights = weights_fingerprint(model) if Path(model).is_dir() else None
-    settings = {
-        "task": evaluation.task,
-        "model": model,
-        "weights": weights,
-        **samples.source,
-        **evaluation.settings(),
-    }
+    settings = {"task": evaluation.task, **model_settings(model), **samples.source, **evaluation.settings()}
     rows = run_samples(
         samples, evaluation, folder, settings=settings, batch_size=batch_size, description=evaluation.task
     )

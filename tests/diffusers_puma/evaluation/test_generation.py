@@ -131,8 +131,15 @@ def test_editing(full_pipeline, pictures, lpips, clip_name):
     distances = {
         "psnr_t": psnr(to_tensor([target]), to_tensor([edited])).item(),
         "lpips_t": lpips_of(lpips, target, edited),
+        "lpips_s": lpips_of(lpips, pictures[1], edited),
     }
     assert rows[1]["scores"]["3"] == pytest.approx({**cosines, **distances}, abs=5e-3)
+    source = as_square(pictures[1], 32)
+    unchanged = rows[1]["scores"]["unchanged"]
+    assert unchanged["clip_i"] == pytest.approx(1, abs=5e-3) and unchanged["lpips_s"] == pytest.approx(0, abs=1e-6)
+    assert unchanged["psnr_t"] == pytest.approx(psnr(to_tensor([target]), to_tensor([source])).item(), abs=1e-3)
+    assert unchanged["lpips_t"] == pytest.approx(lpips_of(lpips, target, source), abs=1e-4)
+    assert evaluation.scores(rows)["unchanged"]["lpips_s"]["mean"] == pytest.approx(0, abs=1e-6)
     best = evaluation.scores(rows)["max"]
     assert best["psnr_t"]["mean"] == pytest.approx(
         sum(max(row["scores"][scale]["psnr_t"] for scale in "23") for row in rows) / 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_puma.evaluation.question_table import QuestionTable
-from transformers_puma.evaluation.runner import Shard
+from transformers_puma.evaluation.runner import Shard, weights_fingerprint
 from transformers_puma.evaluation.understanding import BENCHMARKS, evaluate_understanding, find_benchmark, scales_read
 
 from ..conftest import make_config, make_model
@@ -72,6 +72,17 @@ def test_another_model_does_not_go_into_the_same_folder(model, processor, table,
     run(model, processor, table, tmp_path / "run")
     with pytest.raises(ValueError, match="model = 'tiny', and this one has 'other'"):
         evaluate_understanding(model, processor, table, tmp_path / "run", model_name="other", max_new_tokens=4)
+
+
+def test_a_run_knows_the_weights_it_is_of(model, processor, table, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    options = {"model_name": str(tmp_path / "model"), "max_new_tokens": 1}
+    file = evaluate_understanding(model, processor, table, tmp_path / "run", **options)
+    assert json.loads(file.read_text())["settings"]["weights"] == weights_fingerprint(tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")  # trained on
+    with pytest.raises(ValueError, match="holds a run with weights"):
+        evaluate_understanding(model, processor, table, tmp_path / "run", **options)
 
 
 def test_scales_read(processor):
