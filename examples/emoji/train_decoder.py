@@ -36,7 +36,7 @@ PRESETS = {
 # Steps by scale: as in the report, the finer a decoder's features, the more there is to learn.
 MAX_STEPS = {"cpu": (2400, 1700, 1300, 800, 800), "gpu": (80000, 60000, 40000, 30000, 20000)}
 # Of a decoder that starts from a trained one.
-MORE_STEPS = {"cpu": (400, 800, 900, 1800, 1200), "gpu": (20000, 20000, 20000, 20000, 20000)}
+MORE_STEPS = {"cpu": (400, 800, 900, 1200, 700), "gpu": (20000, 20000, 20000, 20000, 20000)}
 
 
 @dataclass
