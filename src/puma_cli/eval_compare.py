@@ -141,7 +141,9 @@ def lost_quality(names: list[str], results: list[dict[str, Any]]) -> list[list[s
         for scale in sorted(filter(str.isdigit, result["scores"])):
             lost = {label: result["scores"][scale][metric]["mean"] for metric, label in LOSSES.items()}
             most = max(lost, key=lost.get)
-            lines.append([f"{name}, scale {scale}", *(f"{value:.2f}" for value in lost.values()), most])
+            lines.append(
+                [f"{name}, scale {scale}", *(f"{round(value, 2) + 0.0:.2f}" for value in lost.values()), most]
+            )
     return lines
 
 

@@ -72,6 +72,7 @@ def check_files(args: argparse.Namespace) -> Path:
     if not found.exists():
         raise UserError(f"no such data: {found}")
     if args.plot is not None:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)  # as that of --out
         check_output(args.plot)
     return found
 

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from transformers_puma.evaluation.vqa_answers import normalize_answer, vqa_accuracy
@@ -33,7 +36,15 @@ def test_normalization_by_hand(answer, expected):
 
 
 def test_normalization_is_that_of_the_challenge():
-    """Against the processor of the challenge's server, as lmms-eval brings it along."""
+    """Against answers of the challenge server's processor, `EvalAIAnswerProcessor` of lmms-eval 0.7.3: every contraction
+    it knows, pairs of words, and random texts."""
+    pairs = json.loads(Path(__file__).with_name("vqa_reference.json").read_text(encoding="utf-8"))
+    assert len(pairs) > 500
+    assert [normalize_answer(text) for text, _ in pairs] == [expected for _, expected in pairs]
+
+
+def test_normalization_is_that_of_lmms_eval():
+    """The same on more texts, where lmms-eval is installed."""
     metric = pytest.importorskip("lmms_eval.tasks._task_utils.vqa_eval_metric")
     reference = metric.EvalAIAnswerProcessor()
     words = [*reference.CONTRACTIONS, *"a the none 1,000 3.5 U.S. dog's t-shirt yes, a/b (c) what!? 10:30".split()]
