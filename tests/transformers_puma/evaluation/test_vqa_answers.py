@@ -36,8 +36,8 @@ def test_normalization_by_hand(answer, expected):
 
 
 def test_normalization_is_that_of_the_challenge():
-    """Against answers of the challenge server's processor, `EvalAIAnswerProcessor` of lmms-eval 0.7.3: every contraction
-    it knows, pairs of words, and random texts."""
+    """Against what the processor of the challenge's server, in lmms-eval 0.7.3, made of texts: every contraction that
+    it knows, pairs of words, and random ones."""
     pairs = json.loads(Path(__file__).with_name("vqa_reference.json").read_text(encoding="utf-8"))
     assert len(pairs) > 500
     assert [normalize_answer(text) for text, _ in pairs] == [expected for _, expected in pairs]
