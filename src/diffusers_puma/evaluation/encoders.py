@@ -142,7 +142,9 @@ def load_dino(name: str = DINO, device: torch.device | str = "cpu") -> DinoEncod
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        return DinoEncoder(name, AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name), device)
+        # DINO was trained and is measured on PIL's resize, from which torchvision's differs in the fourth decimal.
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        return DinoEncoder(name, AutoModel.from_pretrained(name), processor, device)
     except UNAVAILABLE as error:
         raise OSError(
             f"the DINO {name} could not be loaded ({_reason(error)}): without a network, name its folder with --dino"

@@ -146,4 +146,4 @@ def test_editing(full_pipeline, pictures, lpips, clip_name):
     )
 
     without = [{name: sample[name] for name in ("id", "image", "prompt")} for sample in samples]
-    assert evaluation(without)[0]["scores"]["2"].keys() == {"clip_i", "dino"}
+    assert evaluation(without)[0]["scores"]["2"].keys() == {"clip_i", "dino", "lpips_s"}
