@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 SHELL = "".join(re.findall(r"```bash\n(.*?)```", README, re.S))
 COMMANDS = [line.split("#")[0].strip() for line in SHELL.splitlines()]
 # Run by other tests, at sizes that a test can afford.
-ELSEWHERE = ("make test", "make report", "python examples/emoji/train.py")
+ELSEWHERE = ("make test", "make report", "python examples/emoji/train.py", "python examples/lora_style.py")
 
 
 @pytest.fixture(scope="module")
