@@ -7,7 +7,8 @@ writes one data set (`datasets.load_from_disk`), a pure function of the data and
   boxes        the same and box, (x_min, y_min, x_max, y_max) in pixels, for which `<box>` stands in question or answer
   edits        image, prompt, target, type, split
   conditions   image, prompt, target, type (canny, masked, grey), split
-  prompts      prompt, target, type (emoji, scene), split, style, names: pictures to draw from words
+  prompts      prompt, target, type (emoji, scene), split, style, names, concepts, boxes (of a scene's objects):
+               pictures to draw from words
 Names, and what is asked with names, need known concepts: those come from the split heldout_pair. What can be seen
 without knowing the concept (style, group, colour, counting, position, edits, conditions) comes from heldout_concept
 too. The questions without boxes can be asked as they are:
@@ -33,7 +34,9 @@ TASK = {"prompt": TEXT, "target": PICTURE, "type": TEXT, "split": TEXT}
 QUESTIONS = Features({"image": PICTURE, "question": TEXT, "answer": TEXT, "question_type": TEXT, "split": TEXT})
 BOXES = Features({**QUESTIONS, "box": List(Value("int32"))})
 EDITS = Features({"image": PICTURE, **TASK})
-PROMPTS = Features({**TASK, "style": TEXT, "names": List(TEXT)})
+PROMPTS = Features(
+    {**TASK, "style": TEXT, "names": List(TEXT), "concepts": List(TEXT), "boxes": List(List(Value("int32")))}
+)
 # Questions that only a known concept can answer; the others say less of memory when the concept is new.
 NEEDS_NAMES = ("name", "region", "grounding", "yes/no")
 
@@ -114,7 +117,7 @@ class HeldOut:
         for which, type in (("emoji", "emoji"), ("scenes", "scene")):
             for picture in self.pictures(which, per_type, random.Random(f"{self.seed} {self.name} draw {which}")):
                 shown = self.split.texts[picture[1]] if which == "emoji" else self.split.scenes[picture[1]]
-                names = [shown["name"]] if which == "emoji" else [thing["name"] for thing in shown["objects"]]
+                things = [shown] if which == "emoji" else shown["objects"]
                 rows.append(
                     {
                         "prompt": self.split.words(picture),
@@ -122,7 +125,9 @@ class HeldOut:
                         "type": type,
                         "split": self.name,
                         "style": shown["style"],
-                        "names": names,
+                        "names": [thing["name"] for thing in things],
+                        "concepts": [thing["base"] for thing in things],
+                        "boxes": [thing["box"] for thing in things if "box" in thing],
                     }
                 )
         return rows

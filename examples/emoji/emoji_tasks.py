@@ -52,9 +52,9 @@ class TaskMix:
 
     kinds: tuple[float, ...]
     finest_scale: tuple[float, ...] = (0.08, 0.17, 0.75, 0.0, 0.0)
-    finest_scale_edits: tuple[float, ...] = (0.25, 0.35, 0.40, 0.0, 0.0)
+    finest_scale_edits: tuple[float, ...] = (0.30, 0.40, 0.30, 0.0, 0.0)
     scenes: float = 0.35
-    questions: int = 4
+    questions: int = 5
 
 
 @dataclass

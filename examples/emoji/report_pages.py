@@ -136,7 +136,8 @@ def scenes(result: dict) -> str:
     columns = {
         "similarity_to_text": ("similarity to the text", 3),
         "similarity_to_picture": ("to the true picture", 3),
-        "caption_found": (f"caption found among {result['captions']}", 3),
+        "object_top1": ("object in its place, top 1", 3),
+        "object_top5": ("object in its place, top 5", 3),
     }
     table = result["table"] | {"chance": result["chance"]}
     return f"{result['samples']} scenes of compositions that no training saw.\n\n" + table_of(table, columns)

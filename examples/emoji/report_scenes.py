@@ -1,31 +1,52 @@
 """Scenes from words: compositions of two to four emoji that no training scene holds together."""
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
+from judge import Judge
 from measuring import SHOWN, Bench, averages, decode, generators, numbered, per_sample, to_pixels
 
 PART = "scenes"
 TRUE = "true picture"
 
 
-def measure(bench: Bench, rows: Dataset, captions: list[str], samples: list[dict]) -> list[dict]:
-    """How alike a drawn scene is to its caption and to the true picture, and whether the judge finds its caption
-    first among `captions`."""
-    chosen = rows.select([sample["row"] for sample in samples])
+def crop(picture: torch.Tensor, box: list[int]) -> torch.Tensor:
+    """The square around a box (x_min, y_min, x_max, y_max) of a picture (3, H, W), enlarged to the picture's size."""
+    left, top, right, bottom = box
+    side = max(right - left, bottom - top)
+    left, top = max(0, (left + right - side) // 2), max(0, (top + bottom - side) // 2)
+    part = picture[None, :, top : top + side, left : left + side]
+    return F.interpolate(part, size=picture.shape[1:], mode="bilinear", antialias=True)[0]
+
+
+def objects_found(judge: Judge, pictures: torch.Tensor, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """(B,) shares of a scene's objects whose concept the judge puts first, or among the first five, of all it knows,
+    in the box where the true picture has the object."""
+    crops = torch.stack(
+        [crop(picture, box) for picture, row in zip(pictures, rows, strict=True) for box in row["boxes"]]
+    )
+    labels = torch.tensor([judge.classes["concept"].index(concept) for row in rows for concept in row["concepts"]])
+    ranked = judge.look(crops).logits["concept"].topk(5, dim=1).indices == labels[:, None]
+    parts = ranked.float().split([len(row["boxes"]) for row in rows])
+    return {f"object_top{k}": torch.stack([part[:, :k].sum(1).mean() for part in parts]) for k in (1, 5)}
+
+
+def measure(bench: Bench, scenes: Dataset, samples: list[dict]) -> list[dict]:
+    """How alike a drawn scene is to its caption and to the true picture, and which of its objects the judge finds."""
+    chosen = scenes.select([sample["row"] for sample in samples])
     prompts, truth = list(chosen["prompt"]), to_pixels(list(chosen["target"]))
+    objects = chosen.select_columns(["concepts", "boxes"]).to_list()
     features = bench.pipe.generate_image_features(prompts, None, 0, generators(samples, 0))
     drawn = decode(bench.pipe, features, bench.pipe.scales, generators(samples, 0))
     shown = {TRUE: truth} | {f"scale {scale}": pictures for scale, pictures in drawn.items()}
-    texts, own = bench.judge.read(captions), torch.tensor([captions.index(prompt) for prompt in prompts])
-    true = bench.judge.look(truth).embeddings
+    texts, true = bench.judge.read(prompts), bench.judge.look(truth).embeddings
     table = {}
     for label, pictures in shown.items():
         embeddings = bench.judge.look(pictures).embeddings
-        cosines = embeddings @ texts.T
         table[label] = {
-            "similarity_to_text": cosines[torch.arange(len(own)), own],
+            "similarity_to_text": (embeddings * texts).sum(1),
             "similarity_to_picture": (embeddings * true).sum(1),
-            "caption_found": (cosines.argmax(1) == own).float(),
+            **objects_found(bench.judge, pictures, objects),
         }
     for i, sample in enumerate(samples):
         bench.keep(PART, sample, **{label: pictures[i] for label, pictures in shown.items()})
@@ -33,15 +54,18 @@ def measure(bench: Bench, rows: Dataset, captions: list[str], samples: list[dict
 
 
 def run(bench: Bench, rows: Dataset, count: int) -> dict:
-    scenes = [row for row, type in enumerate(rows["type"]) if type == "scene"]
-    captions = list(dict.fromkeys(rows.select(scenes)["prompt"]))
+    known = set(bench.judge.classes["concept"])
+    scenes = [
+        row
+        for row, (type, concepts) in enumerate(zip(rows["type"], rows["concepts"], strict=True))
+        if type == "scene" and known.issuperset(concepts)
+    ]
     samples = numbered([{"row": row} for row in scenes[:count]])
-    measured = bench.run(PART, samples, lambda batch: measure(bench, rows, captions, batch))
+    measured = bench.run(PART, samples, lambda batch: measure(bench, rows, batch))
     return {
         "samples": len(measured),
         "table": averages(measured),
-        "captions": len(captions),
-        "chance": {"caption_found": 1 / len(captions)},
+        "chance": {f"object_top{k}": k / len(known) for k in (1, 5)},
         "prompts": list(rows.select(scenes[:SHOWN])["prompt"]),
     }
 

@@ -18,7 +18,7 @@ from transformers_puma.training import PumaTrainingArguments
 
 PRESETS = {
     "cpu": dict(
-        max_steps=2400, per_device_train_batch_size=32, learning_rate=8e-4, warmup_steps=50, save_steps=100, **COMMON
+        max_steps=3000, per_device_train_batch_size=32, learning_rate=8e-4, warmup_steps=50, save_steps=100, **COMMON
     ),
     "gpu": dict(
         max_steps=10000,
@@ -29,7 +29,7 @@ PRESETS = {
         **COMMON,
     ),
 }
-SHARES = (0.50, 0.03, 0.23, 0.14, 0.10)
+SHARES = (0.44, 0.02, 0.26, 0.17, 0.11)
 
 
 @dataclass

@@ -7,7 +7,9 @@
 | `prefilled`      | a query                                       | its own state            | 1        |
 
 The parent of a position is the position of the next coarser scale whose cell covers it. Queries are learned, one for
-each position. Attention is causal; with `next_scale` the tokens of one scale of an image also see each other.
+each position. Where there are queries, an image that is given is fed as its features plus the same queries: so a state
+that writes a position finds that of the image it edits. Attention is causal; with `next_scale` the tokens of one scale
+of an image also see each other.
 
 Legend: S positions of an image, coarsest scale first, N the coarsest scale, k_i tokens of scale i.
 """

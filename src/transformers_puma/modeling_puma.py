@@ -96,12 +96,18 @@ class PumaModel(PumaPreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
-        """`last_hidden_state`: (n, S, C) encoder features, coarsest first; `pooler_output`: (n, S, H), projected."""
+        """`last_hidden_state`: (n, S, C) encoder features, coarsest first; `pooler_output`: (n, S, H), what the
+        language model reads of them."""
         features = flatten_scales(self.encode_image(pixel_values))
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self._project(features))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.read_states(features))
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         return self.projector(features.to(self.projector.weight.dtype))
+
+    def read_states(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, S, C) -> (n, S, H), what is fed of images that are given, see `image_decoding_puma`."""
+        states = self._project(features)
+        return states if self.config.image_decoding == "autoregressive" else states + self.image_queries.weight
 
     def written_states(self, features: torch.Tensor, positions: slice) -> torch.Tensor:
         """What is fed at some positions of images that are being written, see `image_decoding_puma`.
@@ -136,7 +142,7 @@ class PumaModel(PumaPreTrainedModel):
         Args:
             features: (n, S, C), the images.
             image_loss_mask, feature_noise: see `forward`.
-            states: (n, S, H), the projected features, if that was done already.
+            states: (n, S, H), `read_states` of the features, if that was done already.
         """
         positions = ImagePositions.find(input_ids, self.config.image_token_id)
         self._check_images(positions, features if states is None else states)
@@ -148,7 +154,7 @@ class PumaModel(PumaPreTrainedModel):
         if feature_noise:
             features = with_noise(features, feature_noise)
         if states is None or feature_noise:
-            states = self._project(features)
+            states = self.read_states(features)
         if self.config.image_decoding != "autoregressive" and image_loss_mask is not None:
             written = self.written_states(features, slice(0, features.shape[1]))
             states = torch.where(image_loss_mask.to(states.device, torch.bool)[:, None, None], written, states)
@@ -264,7 +270,7 @@ class PumaModel(PumaPreTrainedModel):
         """
         size = self.config.vision_config.image_size
         features = flatten_scales(self.encode_image(torch.zeros(1, 3, size, size, device=device)))
-        states = self._project(features)
+        states = self.read_states(features)
         if self.config.image_decoding != "autoregressive":
             states = states + self.written_states(features, slice(0, features.shape[1]))
         return states.mean()  # a sum may leave the range of fp16

@@ -82,6 +82,8 @@ def plain_sequence(model, row, written):
     places = [None] * len(ids)
     if pixels is not None:
         states = model.model.projector(flatten_scales(model.encode_image(pixels)))
+        if model.config.image_decoding != "autoregressive":
+            states = states + model.model.image_queries.weight
         runs = (ids == model.config.image_token_id).nonzero().flatten().split(IMAGE_LENGTH)
         for image, run in enumerate(runs):
             for offset, t in enumerate(run.tolist()):
