@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from judge import Judge
+from judge import Judge, hits
 from measuring import SHOWN, Bench, averages, decode, generators, numbered, per_sample, to_pixels
 
 PART = "scenes"
@@ -26,9 +26,11 @@ def objects_found(judge: Judge, pictures: torch.Tensor, rows: list[dict]) -> dic
         [crop(picture, box) for picture, row in zip(pictures, rows, strict=True) for box in row["boxes"]]
     )
     labels = torch.tensor([judge.classes["concept"].index(concept) for row in rows for concept in row["concepts"]])
-    ranked = judge.look(crops).logits["concept"].topk(5, dim=1).indices == labels[:, None]
-    parts = ranked.float().split([len(row["boxes"]) for row in rows])
-    return {f"object_top{k}": torch.stack([part[:, :k].sum(1).mean() for part in parts]) for k in (1, 5)}
+    logits, counts = judge.look(crops).logits["concept"], [len(row["boxes"]) for row in rows]
+    return {
+        f"object_top{k}": torch.stack([found.mean() for found in hits(logits, labels, k).split(counts)])
+        for k in (1, 5)
+    }
 
 
 def measure(bench: Bench, scenes: Dataset, samples: list[dict]) -> list[dict]:

@@ -27,6 +27,7 @@ import compare_scales  # noqa: E402
 import report  # noqa: E402
 import report_edits  # noqa: E402
 import report_questions  # noqa: E402
+import report_scenes  # noqa: E402
 import report_text_to_image  # noqa: E402
 import train_judge  # noqa: E402
 from build_dataset import FEATURES  # noqa: E402
@@ -83,10 +84,8 @@ def tasks(tmp_path_factory) -> Path:
         {**asked, "question_type": "grounding", "question": "Where?", "answer": "<box>", "box": [16, 16, 48, 48]},
     ]
     edits = [{**task, "prompt": "make it blue", "type": type} for type in ("colour", "style", "colour")]
-    prompts = [
-        {"prompt": f"{c} things", "target": red, "type": "scene", "split": "", "style": "round", "names": [c]}
-        for c in ("red", "blue")
-    ]
+    scene = {"target": red, "type": "scene", "split": "", "style": "round", "boxes": [[16, 16, 48, 48]]}
+    prompts = [{"prompt": f"{c} things", "names": [c], "concepts": [c], **scene} for c in ("red", "blue")]
     path = tmp_path_factory.mktemp("tasks") / "tasks"
     DatasetDict(
         questions=Dataset.from_list(questions, features=QUESTIONS),
@@ -126,6 +125,31 @@ def trained(data, tmp_path_factory) -> dict[str, Path]:
     network = _NoTrainLpips(pretrained=False, net="alex", pnet_rand=True)
     save_file({k: v.abs().clone() for k, v in network.state_dict().items()}, folder / "lpips.safetensors")
     return {"model": folder / "model", "judge": folder / "judge", "lpips-weights": folder / "lpips.safetensors"}
+
+
+def test_a_box_is_looked_at_as_the_square_around_it():
+    drawn = torch.zeros(3, 64, 64)
+    drawn[:, 20:30, 10:50] = 1  # 40 wide and 10 high
+    seen = report_scenes.crop(drawn, [10, 20, 50, 30])
+    assert seen.shape == drawn.shape
+    torch.testing.assert_close(seen.mean(), torch.tensor(0.25), atol=0.02, rtol=0)
+    assert report_scenes.crop(drawn, [60, 60, 64, 64]).max() == 0  # a box at the edge
+
+
+def test_objects_are_found_where_the_judge_ranks_their_concepts(trained):
+    judge = Judge.load(trained["judge"])
+    concepts = judge.classes["concept"]
+    with torch.no_grad():  # it sees the first class in everything
+        judge.heads["concept"].weight.zero_()
+        judge.heads["concept"].bias.copy_(-torch.arange(float(len(concepts))))
+    box = [0, 0, 32, 32]
+    rows = [
+        {"concepts": [concepts[0], concepts[1]], "boxes": [box, box]},
+        {"concepts": [concepts[2]], "boxes": [box]},
+    ]
+    found = report_scenes.objects_found(judge, torch.rand(2, 3, 64, 64), rows)
+    assert found["object_top1"].tolist() == [0.5, 0.0]
+    assert found["object_top5"].tolist() == [1.0, 1.0]  # the tiny judge knows four
 
 
 def test_one_command_writes_the_report_and_computes_nothing_twice(data, tasks, trained, tmp_path, capsys):
