@@ -21,7 +21,7 @@ from diffusers_puma.evaluation import load_lpips, lpips_distance, open_pictures
 from diffusers_puma.evaluation.pictures import as_square, psnr, to_tensor
 from transformers_puma.evaluation.runner import sample_seed
 
-PARTS = (0.2, 0.4, 0.6, 0.8)
+PARTS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 SEEDS = (0, 1)
 
 
