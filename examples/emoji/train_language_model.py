@@ -12,6 +12,7 @@ from build_scenes import load_scenes
 from cache_features import load_cache
 from emoji_tasks import KINDS, EmojiRows, EmojiSplit, TaskMix, all_texts
 from emoji_training import StageArguments, count_parameters, load_pictures, parse_arguments, run_stage
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from torch.utils.data import SequentialSampler
@@ -45,6 +46,13 @@ PRESETS = {
 # Rows that hold a whole picture to be read cost ten times what the first scales of a drawn one do: they come with the
 # tuning, all tasks at once.
 SHARES = (1.0, 0.0, 0.0, 0.0, 0.0)
+# What a run is evaluated on: pictures down to the finest scale.
+DRAWING = TaskMix(
+    kinds=(1.0, 0.0, 0.0, 0.0, 0.0),
+    finest_scale=(1.0, 0.0, 0.0, 0.0, 0.0),
+    finest_scale_edits=(1.0, 0.0, 0.0, 0.0, 0.0),
+    scenes=0.25,
+)
 # The report pretrains with 0.02. In runs as short as the small model's that leaves answers untrained.
 TEXT_LOSS_WEIGHT = 1.0
 
@@ -137,14 +145,15 @@ class OrderedTrainer(PumaTrainer):
 
 
 def train(
-    model: PumaForConditionalGeneration,
+    model: PumaForConditionalGeneration | PeftModel,
     processor: PumaProcessor,
     stage: StageArguments,
     arguments: PumaTrainingArguments,
     options: CachedData,
     mix: TaskMix,
+    evaluated: TaskMix = DRAWING,
 ) -> None:
-    """Trains on rows of `mix`, evaluates on drawing unseen pairs down to the finest scale, and writes `stage.out`."""
+    """Trains on rows of `mix`, evaluates on rows of `evaluated` of unseen pairs, and writes `stage.out`."""
     pictures, scenes = load_pictures(stage.data), load_scenes(options.scenes)
 
     def rows(split: str, length: int, mix: TaskMix) -> EmojiRows:
@@ -157,13 +166,12 @@ def train(
         size = arguments.per_device_train_batch_size
         return EmojiRows(emoji, model.config.num_scales, size, length, arguments.seed, mix)
 
-    draw = TaskMix(kinds=(1, 0, 0, 0, 0), finest_scale=(1, 0, 0, 0, 0), scenes=0.25)
     trainer = OrderedTrainer(
         model,
         arguments,
         processing_class=processor,
         train_dataset=rows("train", arguments.max_steps * arguments.per_device_train_batch_size, mix),
-        eval_dataset=rows("heldout_pair", 512, draw),
+        eval_dataset=rows("heldout_pair", 512, evaluated),
     )
 
     def save(folder: str) -> dict:

@@ -2,19 +2,21 @@
 
     python examples/emoji/tune_language_model.py --pretrained runs/emoji/mllm --out runs/emoji/mllm_tuned
 
-Also how a model is tuned to read some scales only (report table 5, compare_scales.py): `--input_scales 4 3`.
+Also how a model is tuned to read some scales only (report table 5, compare_scales.py): `--input_scales 4 3`; and how
+an adapter is tuned to some tasks (compare_adapters.py): `--lora_r 16 --shares 0 0 0 1 0`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from emoji_tasks import KINDS, TaskMix
 from emoji_training import parse_arguments
-from train_language_model import COMMON, CachedData, train
+from peft import get_peft_model
+from train_language_model import COMMON, DRAWING, CachedData, train
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
-from transformers_puma.training import PumaTrainingArguments
+from transformers_puma.training import PumaTrainingArguments, puma_lora_config
 
 PRESETS = {
     "cpu": dict(
@@ -39,6 +41,7 @@ class TuningArguments(CachedData):
     shares: list[float] = field(
         default_factory=lambda: list(SHARES), metadata={"help": f"of the tasks: {', '.join(KINDS)}"}
     )
+    lora_r: int | None = field(default=None, metadata={"help": "train and save a LoRA adapter of this rank alone"})
 
 
 def main() -> None:
@@ -52,7 +55,13 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = PumaForConditionalGeneration.from_pretrained(options.pretrained, input_scales=options.input_scales)
     processor = PumaProcessor.from_pretrained(options.pretrained)
-    train(model, processor, stage, arguments, options, TaskMix(tuple(options.shares)))
+    mix = TaskMix(tuple(options.shares))
+    if options.lora_r is None:
+        train(model, processor, stage, arguments, options, mix)
+        return
+    adapter = puma_lora_config(model, token_ids=[], r=options.lora_r, lora_alpha=2 * options.lora_r)
+    adapted = get_peft_model(model, adapter)
+    train(adapted, processor, stage, arguments, options, mix, evaluated=replace(DRAWING, kinds=mix.kinds))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from diffusers_puma import PumaPipeline
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "emoji"))
 
+import compare_adapters  # noqa: E402
 import train  # noqa: E402
 from build_dataset import FEATURES  # noqa: E402
 from build_scenes import load_scenes  # noqa: E402
@@ -80,6 +81,20 @@ def test_one_command_trains_all_parts_and_goes_on_where_it_stopped(data, tmp_pat
         trained, taken = load_file(tmp_path / "runs" / part), load_file(tmp_path / "more" / part)
         assert trained.keys() == taken.keys()
         assert all(torch.equal(trained[name].half(), taken[name].half()) for name in trained)
+
+    # Adapters to the tuned language model, one for each task, each measured before and after.
+    adapters = tmp_path / "adapters"
+    options = {"data": data, "scenes": f"{data}-scenes", "cache": tmp_path / "runs/cache", "out": adapters}
+    options |= {"pretrained": tmp_path / "runs/mllm_tuned", "steps": 1, "rank": 2}
+    compare_adapters.main(
+        [str(part) for name, value in options.items() for part in (f"--{name}", value)] + ["--only", "draw", "ask"]
+    )
+    results = json.loads((adapters / "adapters.json").read_text())["results"]
+    assert list(results) == ["draw", "ask"]
+    assert all(result["before"] != result["after"] for result in results.values())
+    saved = load_file(adapters / "ask" / "adapter_model.safetensors")
+    assert any("lora_A" in name for name in saved) and not any("vision_tower" in name for name in saved)
+    assert "| understanding | " in (adapters / "adapters.md").read_text()
 
     (tmp_path / "model" / "model_index.json").unlink()
     again = run(data, tmp_path)

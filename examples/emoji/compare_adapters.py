@@ -1,0 +1,87 @@
+"""Whether an adapter for one task is better at it than the model that is tuned on all of them:
+
+    python examples/emoji/compare_adapters.py --pretrained runs/emoji/mllm_tuned --steps 150 --jobs 2
+
+Tunes one LoRA adapter for each task, on its rows alone, from the same model, and puts the loss of held-out rows before
+and after in one table (`adapters.md`, `adapters.json`). Each tuning resumes, and nothing that is done is done again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from emoji_tasks import KINDS
+from report_pages import markdown
+from train import Stage, run
+
+from transformers_puma.evaluation.runner import versions, write_json
+
+TASKS = {"draw": "text to image", "ask": "understanding", "edit": "editing", "condition": "conditional generation"}
+
+
+def tuning(task: str, arguments: argparse.Namespace) -> Stage:
+    out = arguments.out / task
+    options = {
+        "--data": arguments.data,
+        "--scenes": arguments.scenes,
+        "--cache": arguments.cache,
+        "--pretrained": arguments.pretrained,
+        "--preset": arguments.preset,
+        "--max_steps": arguments.steps,
+        "--warmup_steps": arguments.steps // 10,
+        "--eval_on_start": True,
+        "--lora_r": arguments.rank,
+        "--out": out,
+    }
+    command = [str(part) for pair in options.items() for part in pair]
+    shares = [str(float(kind == task)) for kind in KINDS]
+    return Stage(task, "tune_language_model.py", [*command, "--shares", *shares, *arguments.training], out)
+
+
+def before_and_after(folder: Path) -> dict[str, float]:
+    """Loss of held-out rows, and the adapter's size in bytes."""
+    record = json.loads((folder / "training.json").read_text())
+    losses = [entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry]
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    return {"before": losses[0], "after": losses[-1], "bytes": size}
+
+
+def write_page(results: dict[str, dict]) -> str:
+    rows = [
+        [TASKS[task], f"{result['before']:.4f}", f"{result['after']:.4f}", f"{result['bytes']:,}"]
+        for task, result in results.items()
+    ]
+    header = ["task", "loss of held-out rows, one model for all tasks", "with an adapter", "bytes of the adapter"]
+    return "# One adapter for each task\n\n" + markdown(header, rows) + "\n"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--scenes", type=Path, default=Path("data/emoji-scenes"))
+    parser.add_argument("--cache", type=Path, default=Path("runs/emoji/cache"))
+    parser.add_argument("--pretrained", type=Path, default=Path("runs/emoji/mllm_tuned"), help="tuned on all tasks")
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji/adapters"))
+    parser.add_argument("--steps", type=int, required=True, help="of each adapter")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS), help="tasks to try (all)")
+    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="tunings side by side")
+    parser.add_argument("training", nargs="*", help="more options of the tunings, after --")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    logs = arguments.out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    run([tuning(task, arguments) for task in arguments.only], logs, arguments.jobs)
+    results = {task: before_and_after(arguments.out / task) for task in arguments.only}
+    write_json(arguments.out / "adapters.json", {"steps": arguments.steps, "versions": versions(), "results": results})
+    page = write_page(results)
+    (arguments.out / "adapters.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
