@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_name_puma import CACHE
 from .configuration_puma import PumaConfig
@@ -277,14 +277,16 @@ class PumaModel(PumaPreTrainedModel):
 
     def _check_images(self, positions: ImagePositions, images: torch.Tensor):
         runs = positions.image[-1, -1] + 1
-        torch_compilable_check(
-            runs == images.shape[0],
-            lambda: f"the text holds {int(runs)} images, but {images.shape[0]} were given",
-        )
-        torch_compilable_check(
-            torch.where(positions.mask, positions.offset, 0).max() < images.shape[1],
-            lambda: f"a run of image placeholders is longer than the {images.shape[1]} tokens of an image",
-        )
+        longest = torch.where(positions.mask, positions.offset + 1, 0).max()
+        if torch.compiler.is_compiling():
+            # Looking at values would split the graph.
+            fits = (runs == images.shape[0]) & (longest <= images.shape[1])
+            torch._assert_async(fits, "the images are not as many or as long as their placeholders")
+            return
+        if runs != images.shape[0]:
+            raise ValueError(f"the text holds {int(runs)} images, but {images.shape[0]} were given")
+        if longest > images.shape[1]:
+            raise ValueError(f"a run of image placeholders is longer than the {images.shape[1]} tokens of an image")
 
 
 class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):

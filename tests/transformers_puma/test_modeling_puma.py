@@ -61,6 +61,16 @@ def test_the_sequence_is_the_projected_features_among_the_embeddings(model, batc
     torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
 
 
+@torch.no_grad()
+def test_one_compiled_graph_reads_images_and_refuses_what_does_not_fit(model, batch):
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+    is_second_row = torch.tensor([[False], [True]])
+    too_few = batch["input_ids"].masked_fill(is_second_row & (batch["input_ids"] == model.config.image_token_id), 5)
+    with pytest.raises(RuntimeError, match="as their placeholders"):
+        compiled(**{**batch, "input_ids": too_few})
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_any_decoder_reads_text_as_the_stock_model_does(processor, backbone):
     model = make_model(processor, text_config=BACKBONES[backbone])
