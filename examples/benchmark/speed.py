@@ -6,7 +6,8 @@
 - language model: a step of `PumaTrainer` (forward, loss, backward) against one of `transformers.Trainer` with the same
   backbone as a stock causal model on the same tokens; with pictures that are encoded, and with cached features.
 - decoder: a step of `PumaDecoderTrainer` on cached latents and features against the usual training step of SDXL with
-  diffusers: the same UNet with text embeddings (77 tokens) and SDXL's added conditions.
+  diffusers: the same UNet with text embeddings (77 tokens) and SDXL's added conditions; and against that UNet with a
+  projection of its text that is trained (`encoder_hid_dim_type="text_proj"`), as PUMA's of the features is.
 - generation: `generate_image_features` against stock `generate`, for the same number of tokens after the same prompt.
 
 Weights are random; what is timed does not depend on them. A pair is one call of each in random order, so that whatever
@@ -152,7 +153,8 @@ def language_model(args: argparse.Namespace, device: torch.device, folder: str) 
 def sdxl_step(unet: UNet2DConditionModel, scheduler: DDPMScheduler, latents: torch.Tensor, args: argparse.Namespace):
     """Loss and gradient of diffusers' `train_text_to_image_sdxl.py`, given latents and text embeddings."""
     device, count = latents.device, len(latents)
-    text = torch.randn(count, SDXL_TEXT_TOKENS, unet.config.cross_attention_dim, device=device)
+    channels = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+    text = torch.randn(count, SDXL_TEXT_TOKENS, channels, device=device)
     added = {
         "text_embeds": torch.randn(count, SDXL_POOLED, device=device),
         "time_ids": torch.zeros(count, 6, device=device),
@@ -178,17 +180,18 @@ def decoder(args: argparse.Namespace, device: torch.device, folder: str) -> dict
     else:
         loaded = PumaUNet2DConditionModel.load_config(Path(args.model, f"unet_{args.scale}"))
         shape = {name: loaded[name] for name in SMALL_UNET}
-    puma = PumaUNet2DConditionModel(
-        **shape, encoder_hid_dim=channels, encoder_hid_dim_type="text_proj", num_tokens=tokens
-    )
-    stock = UNet2DConditionModel(
-        **shape,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=SDXL_TIME_DIM,
-        projection_class_embeddings_input_dim=SDXL_POOLED + 6 * SDXL_TIME_DIM,
-    )
+    projected = {"encoder_hid_dim": channels, "encoder_hid_dim_type": "text_proj"}
+    puma = PumaUNet2DConditionModel(**shape, **projected, num_tokens=tokens)
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SDXL_TIME_DIM,
+        "projection_class_embeddings_input_dim": SDXL_POOLED + 6 * SDXL_TIME_DIM,
+    }
+    stocks = {"plain": UNet2DConditionModel(**shape, **added)}
+    stocks["text projected"] = UNet2DConditionModel(**shape, **added, **projected)
     if args.gradient_checkpointing:
-        stock.enable_gradient_checkpointing()
+        for stock in stocks.values():
+            stock.enable_gradient_checkpointing()
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     options = PumaDecoderTrainingArguments(
         folder,
@@ -203,8 +206,13 @@ def decoder(args: argparse.Namespace, device: torch.device, folder: str) -> dict
     trainer = PumaDecoderTrainer(
         puma, options, noise_scheduler=scheduler, null_features=torch.zeros(1, config.tokens_per_scale[0], channels)
     )
-    stock_step = sdxl_step(stock.to(device).train(), scheduler, latents.to(device), args)
-    return {f"decoder of {tokens} tokens": ratio(training_steps(trainer, batch), stock_step, args)}
+    ours = training_steps(trainer, batch)
+    return {
+        f"decoder of {tokens} tokens, {name}": ratio(
+            ours, sdxl_step(stock.to(device).train(), scheduler, latents.to(device), args), args
+        )
+        for name, stock in stocks.items()
+    }
 
 
 @torch.no_grad()

@@ -21,10 +21,11 @@ def test_every_benchmark_runs(tmp_path, capsys):
     assert results.pop("arguments")["scale"] == 3
     assert list(results) == [
         *("language model, pictures", "language model, cached features"),
-        *("decoder of 4 tokens", "generation of 5 tokens"),
+        *("decoder of 4 tokens, plain", "decoder of 4 tokens, text projected"),
+        "generation of 5 tokens",
     ]
     assert all(found["ratio"] > 0 and found["pairs"] == 2 for found in results.values())
-    assert capsys.readouterr().out.count("of stock") == 4
+    assert capsys.readouterr().out.count("of stock") == 5
 
 
 @pytest.mark.parametrize(("processor_time", "clock"), [(False, "perf_counter"), (True, "process_time")])
