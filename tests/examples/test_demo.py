@@ -11,6 +11,7 @@ def test_one_sheet_and_an_answer(tmp_path, capsys):
     processor = make_processor()
     components = {**make_decoder_components(), "mllm": make_language_model(processor), "processor": processor}
     PumaPipeline(**components, default_num_inference_steps=2).save_pretrained(tmp_path / "model")
+    capsys.readouterr()  # saving may import what prints
     out = tmp_path / "new" / "demo.png"
     assert main(["--model", str(tmp_path / "model"), "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
