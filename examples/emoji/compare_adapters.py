@@ -18,6 +18,9 @@ from transformers_puma.evaluation.runner import versions, write_json
 
 TASKS = {"draw": "text to image", "ask": "understanding", "edit": "editing", "condition": "conditional generation"}
 
+# Conditions were drawn of concepts that no training saw, the other tasks' rows are of unseen pairs.
+HELD_OUT = {"condition": "heldout_concept"}
+
 
 def tuning(task: str, arguments: argparse.Namespace) -> Stage:
     out = arguments.out / task
@@ -30,6 +33,7 @@ def tuning(task: str, arguments: argparse.Namespace) -> Stage:
         "--max_steps": arguments.steps,
         "--warmup_steps": arguments.steps // 10,
         "--eval_on_start": True,
+        "--held_out": HELD_OUT.get(task, "heldout_pair"),
         "--lora_r": arguments.rank,
         "--out": out,
     }

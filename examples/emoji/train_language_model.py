@@ -152,8 +152,9 @@ def train(
     options: CachedData,
     mix: TaskMix,
     evaluated: TaskMix = DRAWING,
+    held_out: str = "heldout_pair",
 ) -> None:
-    """Trains on rows of `mix`, evaluates on rows of `evaluated` of unseen pairs, and writes `stage.out`."""
+    """Trains on rows of `mix`, evaluates on rows of `evaluated` of a held-out split, and writes `stage.out`."""
     pictures, scenes = load_pictures(stage.data), load_scenes(options.scenes)
 
     def rows(split: str, length: int, mix: TaskMix) -> EmojiRows:
@@ -171,12 +172,12 @@ def train(
         arguments,
         processing_class=processor,
         train_dataset=rows("train", arguments.max_steps * arguments.per_device_train_batch_size, mix),
-        eval_dataset=rows("heldout_pair", 512, evaluated),
+        eval_dataset=rows(held_out, 512, evaluated),
     )
 
     def save(folder: str) -> dict:
         trainer.save_model(folder)
-        return {"parameters": count_parameters(model), "heldout_pair": trainer.evaluate()}
+        return {"parameters": count_parameters(model), held_out: trainer.evaluate()}
 
     run_stage(trainer, stage.out, save)
 

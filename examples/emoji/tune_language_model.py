@@ -41,6 +41,7 @@ class TuningArguments(CachedData):
     shares: list[float] = field(
         default_factory=lambda: list(SHARES), metadata={"help": f"of the tasks: {', '.join(KINDS)}"}
     )
+    held_out: str = field(default="heldout_pair", metadata={"help": "split that is evaluated"})
     lora_r: int | None = field(default=None, metadata={"help": "train and save a LoRA adapter of this rank alone"})
 
 
@@ -57,11 +58,12 @@ def main() -> None:
     processor = PumaProcessor.from_pretrained(options.pretrained)
     mix = TaskMix(tuple(options.shares))
     if options.lora_r is None:
-        train(model, processor, stage, arguments, options, mix)
+        train(model, processor, stage, arguments, options, mix, held_out=options.held_out)
         return
     adapter = puma_lora_config(model, token_ids=[], r=options.lora_r, lora_alpha=2 * options.lora_r)
     adapted = get_peft_model(model, adapter)
-    train(adapted, processor, stage, arguments, options, mix, evaluated=replace(DRAWING, kinds=mix.kinds))
+    evaluated = replace(DRAWING, kinds=mix.kinds)
+    train(adapted, processor, stage, arguments, options, mix, evaluated, options.held_out)
 
 
 if __name__ == "__main__":
