@@ -1,6 +1,6 @@
 """Whether an adapter for one task is better at it than the model that is tuned on all of them:
 
-    python examples/emoji/compare_adapters.py --pretrained runs/emoji/mllm_tuned --steps 150 --jobs 2
+    python examples/emoji/compare_adapters.py --pretrained runs/emoji/mllm_tuned --steps 80 --jobs 2
 
 Tunes one LoRA adapter for each task, on its rows alone, from the same model, and puts the loss of held-out rows before
 and after in one table (`adapters.md`, `adapters.json`). Each tuning resumes, and nothing that is done is done again.
@@ -8,9 +8,10 @@ and after in one table (`adapters.md`, `adapters.json`). Each tuning resumes, an
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from emoji_tasks import KINDS
+from comparing import add_arguments, tuning
 from report_pages import markdown
 from train import Stage, run
 
@@ -22,24 +23,15 @@ TASKS = {"draw": "text to image", "ask": "understanding", "edit": "editing", "co
 HELD_OUT = {"condition": "heldout_concept"}
 
 
-def tuning(task: str, arguments: argparse.Namespace) -> Stage:
-    out = arguments.out / task
+def adapting(task: str, arguments: argparse.Namespace) -> Stage:
     options = {
-        "--data": arguments.data,
-        "--scenes": arguments.scenes,
-        "--cache": arguments.cache,
-        "--pretrained": arguments.pretrained,
-        "--preset": arguments.preset,
-        "--max_steps": arguments.steps,
         "--warmup_steps": arguments.steps // 10,
         "--eval_on_start": True,
         "--held_out": HELD_OUT.get(task, "heldout_pair"),
         "--lora_r": arguments.rank,
-        "--out": out,
     }
-    command = [str(part) for pair in options.items() for part in pair]
-    shares = [str(float(kind == task)) for kind in KINDS]
-    return Stage(task, "tune_language_model.py", [*command, "--shares", *shares, *arguments.training], out)
+    stage = tuning(task, task, arguments, options)
+    return replace(stage, arguments=[*stage.arguments, *arguments.training])
 
 
 def before_and_after(folder: Path) -> dict[str, float]:
@@ -61,16 +53,11 @@ def write_page(results: dict[str, dict]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--scenes", type=Path, default=Path("data/emoji-scenes"))
-    parser.add_argument("--cache", type=Path, default=Path("runs/emoji/cache"))
+    add_arguments(parser)
     parser.add_argument("--pretrained", type=Path, default=Path("runs/emoji/mllm_tuned"), help="tuned on all tasks")
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/adapters"))
-    parser.add_argument("--steps", type=int, required=True, help="of each adapter")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS), help="tasks to try (all)")
-    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--jobs", type=int, default=2, help="tunings side by side")
     parser.add_argument("training", nargs="*", help="more options of the tunings, after --")
     return parser.parse_args(argv)
 
@@ -79,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     logs = arguments.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    run([tuning(task, arguments) for task in arguments.only], logs, arguments.jobs)
+    run([adapting(task, arguments) for task in arguments.only], logs, arguments.jobs)
     results = {task: before_and_after(arguments.out / task) for task in arguments.only}
     write_json(arguments.out / "adapters.json", {"steps": arguments.steps, "versions": versions(), "results": results})
     page = write_page(results)

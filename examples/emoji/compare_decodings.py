@@ -5,8 +5,7 @@
 Trains six language models to draw and a little to edit, with the script of the recipe's pretraining, on the same
 cached features with the same tokenizer, in the same order of rows, and puts their measures in one table
 (`decodings.md`, `decodings.json`). The decoders are those of `--model`, whose encoder must be the one that the cache
-was made with.
-Each training resumes, and nothing that is done is done again.
+was made with. Each training resumes, and nothing that is done is done again.
 """
 
 import argparse

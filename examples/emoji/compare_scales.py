@@ -9,12 +9,13 @@ nothing that is done is done again.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import report_questions
 import torch
+from comparing import add_arguments, tuning
 from datasets import DatasetDict, load_from_disk
-from emoji_tasks import KINDS
 from emoji_training import load_pictures
 from measuring import Bench, fingerprint
 from report_pages import markdown, number
@@ -25,8 +26,6 @@ from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 from transformers_puma.evaluation.runner import versions, write_json
 
 NUM_SCALES = 5
-# Questions alone.
-SHARES = {"draw": 0.0, "describe": 0.0, "ask": 1.0, "edit": 0.0, "condition": 0.0}
 
 
 def variants() -> dict[str, list[int]]:
@@ -35,20 +34,10 @@ def variants() -> dict[str, list[int]]:
     return {**alone, "all": list(range(NUM_SCALES))}
 
 
-def tuning(name: str, scales: list[int], arguments: argparse.Namespace) -> Stage:
-    out = arguments.out / name
-    options = {
-        "--data": arguments.data,
-        "--scenes": arguments.scenes,
-        "--cache": arguments.cache,
-        "--pretrained": arguments.pretrained,
-        "--preset": arguments.preset,
-        "--max_steps": arguments.steps,
-        "--out": out,
-    }
-    command = [str(part) for pair in options.items() for part in pair]
-    command += ["--shares", *(str(SHARES[kind]) for kind in KINDS), "--input_scales", *map(str, scales)]
-    return Stage(name, "tune_language_model.py", command, out)
+def reading(name: str, scales: list[int], arguments: argparse.Namespace) -> Stage:
+    """Questions alone, with only these scales of a picture to read."""
+    stage = tuning(name, "ask", arguments)
+    return replace(stage, arguments=[*stage.arguments, "--input_scales", *map(str, scales)])
 
 
 def measure_variant(
@@ -88,19 +77,14 @@ def write_page(results: dict[str, dict]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--scenes", type=Path, default=Path("data/emoji-scenes"))
+    add_arguments(parser)
     parser.add_argument("--tasks", type=Path, default=Path("data/emoji-evaluation"), help="of emoji_evaluation.py")
-    parser.add_argument("--cache", type=Path, default=Path("runs/emoji/cache"))
     parser.add_argument("--pretrained", type=Path, default=Path("runs/emoji/mllm"), help="where each tuning starts")
     parser.add_argument(
         "--model", type=Path, default=Path("hub_configs/puma-emoji"), help="whose encoder made the cache"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/scales"))
-    parser.add_argument("--steps", type=int, required=True, help="budget of each tuning")
     parser.add_argument("--count", type=int, default=48, help="held-out questions of each type")
-    parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--jobs", type=int, default=2, help="tunings side by side")
     return parser.parse_args(argv)
 
 
@@ -108,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     logs = arguments.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    run([tuning(name, scales, arguments) for name, scales in variants().items()], logs, arguments.jobs)
+    run([reading(name, scales, arguments) for name, scales in variants().items()], logs, arguments.jobs)
     pictures, tasks = load_pictures(str(arguments.data)), load_from_disk(str(arguments.tasks))
     settings = {"data": fingerprint(arguments.data), "tasks": fingerprint(arguments.tasks)}
     results = {

@@ -339,7 +339,7 @@ def test_models_that_read_other_scales_are_put_in_one_table(data, tasks, trained
     assert compare_scales.variants()["f3"] == [3] and len(compare_scales.variants()) == 6
     options = {"data": data, "tasks": tasks, "model": trained["model"], "out": tmp_path, "count": 2, "steps": 5}
     arguments = compare_scales.parse([str(part) for name, value in options.items() for part in (f"--{name}", value)])
-    command = " ".join(compare_scales.tuning("f3", [3], arguments).arguments)
+    command = " ".join(compare_scales.reading("f3", [3], arguments).arguments)
     assert "--max_steps 5 " in command and command.endswith("--shares 0.0 0.0 1.0 0.0 0.0 --input_scales 3")
     pipe = PumaPipeline.from_pretrained(trained["model"], scales=[])
     pipe.mllm.save_pretrained(tmp_path / "f3")
