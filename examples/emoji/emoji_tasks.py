@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from build_dataset import SIZE
 from emoji_edits import EmojiEdits, Picture
 from emoji_pictures import HUES
@@ -18,6 +19,7 @@ from emoji_sets import TONES
 from emoji_words import (
     COLOUR_EDITS,
     CONDITIONS,
+    COPIES,
     GENDER_EDITS,
     HAIR,
     STYLE_EDITS,
@@ -25,6 +27,7 @@ from emoji_words import (
     addition,
     caption,
     conditional_prompt,
+    copying,
     hair_change,
     removal,
     scene_caption,
@@ -34,7 +37,8 @@ from torch.utils.data import Dataset
 from transformers_puma import flatten_scales, multigranular_features
 from transformers_puma.processing_puma import CHAT_TEMPLATE
 
-KINDS = ("draw", "describe", "ask", "edit", "condition")
+KINDS = ("draw", "describe", "ask", "edit", "condition", "copy")
+PATCHWORKS = (1, 2, 4, 8)  # cells along a side of the grid of a picture that is to be copied
 SHOWN_ROLES = ("scene", "removed", "recoloured")  # what may be drawn from words and described
 
 
@@ -142,7 +146,7 @@ def all_texts(texts: list[dict]) -> list[str]:
     forms = [form.format(caption="") for forms in CONDITIONS.values() for form in forms]
     forms += [form.format(tone=tone) for form in TONE_EDITS for tone in TONES.values()]
     forms += [form.format(gender=gender) for form in GENDER_EDITS for gender in ("man", "woman")]
-    return lines + forms + [hair_change(hair) for hair in HAIR.values()]
+    return lines + forms + list(COPIES) + [hair_change(hair) for hair in HAIR.values()]
 
 
 class EmojiRows(Dataset):
@@ -180,19 +184,40 @@ class EmojiRows(Dataset):
     def __getitem__(self, index: int) -> dict:
         batch_rng = random.Random(f"{self.seed} {index // self.batch_size}")
         kind = batch_rng.choices(KINDS, self.mix.kinds)[0]
-        from_picture = kind in ("edit", "condition")
+        from_picture = kind in ("edit", "condition", "copy")
         scales = self.mix.finest_scale_edits if from_picture else self.mix.finest_scale
         finest_scale = batch_rng.choices(range(len(scales)), scales)[0]
         rng = random.Random(f"{self.seed} row {index}")
-        pictures, row = (self._from_picture if from_picture else self._one_picture)(kind, rng)
-        if kind in ("draw", "edit", "condition"):
+        finest, row = self._copy(rng) if kind == "copy" else self._from_split(kind, rng)
+        if kind == "draw" or from_picture:
             row["finest_scale"] = finest_scale
-        return {**row, "image_features": [self._sequence(picture) for picture in pictures]}
+        return {**row, "image_features": [self._sequence(features) for features in finest]}
+
+    def _from_split(self, kind: str, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
+        from_picture = kind in ("edit", "condition")
+        pictures, row = (self._from_picture if from_picture else self._one_picture)(kind, rng)
+        return [self._finest(picture) for picture in pictures], row
+
+    def _copy(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
+        """A patchwork to be drawn again: cells of a grid show pieces of four pictures.
+
+        Whole pictures are guessed from their coarser scales, and copying is not learnt from them.
+        """
+        pictures = torch.stack([self._finest(self._any_picture(rng)) for _ in range(4)])
+        side, cells = round(pictures.shape[1] ** 0.5), rng.choice(PATCHWORKS)
+        chosen = torch.tensor(rng.choices(range(4), k=cells * cells)).view(cells, cells)
+        chosen = F.interpolate(chosen[None, None].float(), size=(side, side), mode="nearest").long().flatten()
+        patchwork = pictures[chosen, torch.arange(side * side)]
+        return [patchwork, patchwork], {"prompt": f"<image>{copying(rng)}", "completion": "<image>"}
+
+    def _any_picture(self, rng: random.Random) -> Picture:
+        if rng.random() < self.mix.scenes:
+            return "scenes", rng.choice(self.split.shown)
+        return "emoji", self.split.draw_emoji(rng)
 
     def _one_picture(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
         split = self.split
-        composed = rng.random() < self.mix.scenes
-        picture = ("scenes", rng.choice(split.shown)) if composed else ("emoji", split.draw_emoji(rng))
+        picture = self._any_picture(rng)
         if kind == "draw":
             return [picture], {"prompt": split.words(picture, rng), "completion": "<image>"}
         if kind == "describe":
@@ -209,11 +234,14 @@ class EmojiRows(Dataset):
             words = conditional_prompt(self.split.scenes[number]["role"], self.split.words(target, rng), rng)
         return [source, target], {"prompt": f"<image>{words}", "completion": "<image>"}
 
-    def _sequence(self, picture: Picture) -> torch.Tensor:
-        """(S, C) features of one picture, coarsest scale first."""
+    def _finest(self, picture: Picture) -> torch.Tensor:
+        """(k_0, C) features of one picture."""
         which, row = picture
-        finest = (self.split.features if which == "emoji" else self.split.scene_features)[row]
-        return flatten_scales(multigranular_features(finest[None].float(), self.num_scales))[0]
+        return (self.split.features if which == "emoji" else self.split.scene_features)[row].float()
+
+    def _sequence(self, finest: torch.Tensor) -> torch.Tensor:
+        """(S, C) features of one picture, coarsest scale first."""
+        return flatten_scales(multigranular_features(finest[None], self.num_scales))[0]
 
 
 def conversation(questions: list[Question]) -> dict:

@@ -38,6 +38,7 @@ HAIR = {"1f9b0": "red hair", "1f9b1": "curly hair", "1f9b2": "bald", "1f9b3": "w
 COLOUR_EDITS = ("make {it} {colour}", "change the colour of {it} to {colour}", "recolour {it} {colour}")
 REMOVALS = ("remove {it}", "take away {it}", "delete {it}")
 ADDITIONS = ("add {a} {where}", "put {a} {where}", "draw {a} {where}")
+COPIES = ("the same picture", "draw it again", "copy the picture")
 CONDITIONS = {
     "canny": ("turn the edges into a picture: {caption}", "draw from these edges: {caption}"),
     "masked": ("fill in the grey square: {caption}", "complete the picture: {caption}"),
@@ -171,6 +172,10 @@ def recolouring(colour: str, thing: dict, objects: list[dict], rng: random.Rando
 
 def hair_change(hair: str) -> str:
     return "make the person bald" if hair == "bald" else f"give the person {hair}"
+
+
+def copying(rng: random.Random | None = None) -> str:
+    return choose(COPIES, rng)
 
 
 def conditional_prompt(role: str, words: str, rng: random.Random | None = None) -> str:

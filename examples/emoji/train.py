@@ -53,8 +53,7 @@ def stages(
     if max_steps is not None:
         composing += ["--share", "0.01"]
     language_model = ["--scenes", scenes, "--cache", cache, "--encoder", encoder]
-    tuned = runs / "mllm_tuned"
-    tuning = ["--scenes", scenes, "--cache", cache, "--pretrained", mllm]
+    copying, tuned = runs / "mllm_copying", runs / "mllm_tuned"
     decoding = ["--scenes", scenes, "--cache", cache]
 
     def decoder(scale: int) -> Stage:
@@ -83,7 +82,8 @@ def stages(
             ("scenes", *(part.name for part in parts)),
         ),
         trained("mllm", "train_language_model.py", mllm, *language_model, needs=("cache",)),
-        trained("tuned", "tune_language_model.py", tuned, *tuning, needs=("mllm",)),
+        trained("copying", "train_copying.py", copying, *decoding, "--pretrained", mllm, needs=("mllm",)),
+        trained("tuned", "tune_language_model.py", tuned, *decoding, "--pretrained", copying, needs=("copying",)),
         *map(decoder, SCALES),
         Stage("model", "assemble.py", assembling, out / "model_index.json", ("tuned", *(f"unet_{s}" for s in SCALES))),
     ]

@@ -45,10 +45,10 @@ PRESETS = {
 }
 # Rows that hold a whole picture to be read cost ten times what the first scales of a drawn one do: they come with the
 # tuning, all tasks at once.
-SHARES = (1.0, 0.0, 0.0, 0.0, 0.0)
+SHARES = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 # What a run is evaluated on: pictures down to the finest scale.
 DRAWING = TaskMix(
-    kinds=(1.0, 0.0, 0.0, 0.0, 0.0),
+    kinds=SHARES,
     finest_scale=(1.0, 0.0, 0.0, 0.0, 0.0),
     finest_scale_edits=(1.0, 0.0, 0.0, 0.0, 0.0),
     scenes=0.25,

@@ -1,0 +1,51 @@
+"""Teach the pretrained language model to copy from the picture that it reads, before it learns to edit:
+
+    python examples/emoji/train_copying.py --pretrained runs/emoji/mllm --out runs/emoji/mllm_copying
+
+What is copied are patchworks (`EmojiRows`): a whole picture is guessed well enough from its coarser scales that the
+attention which finds a position in the picture that is read is not learnt from it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from emoji_tasks import KINDS, TaskMix
+from emoji_training import parse_arguments
+from train_language_model import COMMON, CachedData, train
+
+from transformers_puma import PumaForConditionalGeneration, PumaProcessor
+from transformers_puma.training import PumaTrainingArguments
+
+PRESETS = {
+    "cpu": dict(
+        max_steps=500, per_device_train_batch_size=16, learning_rate=1e-3, warmup_steps=50, save_steps=100, **COMMON
+    ),
+    "gpu": dict(
+        max_steps=1000, per_device_train_batch_size=128, learning_rate=1e-3, warmup_steps=100, save_steps=500, **COMMON
+    ),
+}
+COPYING = TaskMix(tuple(float(kind == "copy") for kind in KINDS))
+
+
+@dataclass
+class CopyingArguments(CachedData):
+    pretrained: str = field(default="runs/emoji/mllm", metadata={"help": "the model to start from"})
+
+
+def main() -> None:
+    stage, arguments, options = parse_arguments(
+        "mllm_copying", PRESETS, extra=CopyingArguments, training_arguments=PumaTrainingArguments
+    )
+    if Path(stage.out).exists():
+        return
+    arguments.seed += 2  # other rows than in the stages before and after
+    torch.manual_seed(arguments.seed)
+    # A finished model folder holds half precision, which is too coarse to be trained.
+    model = PumaForConditionalGeneration.from_pretrained(options.pretrained, dtype=torch.float32)
+    processor = PumaProcessor.from_pretrained(options.pretrained)
+    train(model, processor, stage, arguments, options, COPYING)
+
+
+if __name__ == "__main__":
+    main()
