@@ -1,8 +1,8 @@
 """Which scales of a picture the language model reads (the report's table 5 in small):
 
-    python examples/emoji/compare_scales.py --pretrained runs/emoji/mllm --steps 100 --jobs 2
+    python examples/emoji/compare_scales.py --steps 80 --jobs 2
 
-Tunes one model for each scale alone and one for all of them, to answer questions, from the same pretrained model, on
+Tunes one model for each scale alone and one for all of them, to answer questions, from the same trained model, on
 the same rows in the same order; the others' positions of a given picture are hidden in training and afterwards. Puts
 the exact answers about held-out pictures by type in one table (`scales.md`, `scales.json`). Each tuning resumes, and
 nothing that is done is done again.
@@ -79,7 +79,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--tasks", type=Path, default=Path("data/emoji-evaluation"), help="of emoji_evaluation.py")
-    parser.add_argument("--pretrained", type=Path, default=Path("runs/emoji/mllm"), help="where each tuning starts")
+    parser.add_argument(
+        "--pretrained", type=Path, default=Path("hub_configs/puma-emoji"), help="where each tuning starts"
+    )
     parser.add_argument(
         "--model", type=Path, default=Path("hub_configs/puma-emoji"), help="whose encoder made the cache"
     )

@@ -199,10 +199,8 @@ class EmojiRows(Dataset):
         return [self._finest(picture) for picture in pictures], row
 
     def _copy(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
-        """A patchwork to be drawn again: cells of a grid show pieces of four pictures.
-
-        Whole pictures are guessed from their coarser scales, and copying is not learnt from them.
-        """
+        """A patchwork to be drawn again: the cells of a grid show pieces of four pictures, so that no piece tells what
+        is beside it."""
         pictures = torch.stack([self._finest(self._any_picture(rng)) for _ in range(4)])
         side, cells = round(pictures.shape[1] ** 0.5), rng.choice(PATCHWORKS)
         chosen = torch.tensor(rng.choices(range(4), k=cells * cells)).view(cells, cells)

@@ -2,8 +2,7 @@
 
     python examples/emoji/train_copying.py --pretrained runs/emoji/mllm --out runs/emoji/mllm_copying
 
-What is copied are patchworks (`EmojiRows`): a whole picture is guessed well enough from its coarser scales that the
-attention which finds a position in the picture that is read is not learnt from it.
+What it learns is the attention that finds a position of the picture that is read, of which edits alone learn little.
 """
 
 from dataclasses import dataclass, field

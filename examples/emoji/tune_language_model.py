@@ -20,7 +20,7 @@ from transformers_puma.training import PumaTrainingArguments, puma_lora_config
 
 PRESETS = {
     "cpu": dict(
-        max_steps=3000, per_device_train_batch_size=32, learning_rate=8e-4, warmup_steps=50, save_steps=100, **COMMON
+        max_steps=1700, per_device_train_batch_size=32, learning_rate=8e-4, warmup_steps=50, save_steps=100, **COMMON
     ),
     "gpu": dict(
         max_steps=10000,
@@ -31,7 +31,7 @@ PRESETS = {
         **COMMON,
     ),
 }
-SHARES = (0.40, 0.02, 0.24, 0.16, 0.10, 0.08)
+SHARES = (0.38, 0.02, 0.20, 0.22, 0.14, 0.04)
 
 
 @dataclass
