@@ -79,7 +79,8 @@ def check_elsewhere(command: str) -> None:
         assert "-m pytest" in recipe.stdout and shutil.which("make")
         return
     if command == "make report":
-        recipe = subprocess.run(["make", "--dry-run", "report"], cwd=ROOT, check=True, capture_output=True, text=True)
+        dry_run = ["make", "--dry-run", "--no-print-directory", "report"]
+        recipe = subprocess.run(dry_run, cwd=ROOT, check=True, capture_output=True, text=True)
         lines = recipe.stdout.splitlines()[-3:]  # before them comes what is not there yet
         assert [Path(shlex.split(line)[1]).name for line in lines] == ["report.py", "report.py", "compare_scales.py"]
         for line in lines:
