@@ -13,7 +13,7 @@ test: .venv/.test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # The small model measured on held-out pictures, by a judge that is trained apart from it; on photographs, a kind that it
-# never saw; and which scales it reads, for which six short tunings take half of the time. What is there is not done anew.
+# never saw; and which scales it reads, by six short tunings. What is there is not done anew.
 report: .venv/.test | data/emoji-evaluation data/stamps runs/emoji/judge runs/emoji/cache
 	$(BIN)/python examples/emoji/report.py
 	$(BIN)/python examples/emoji/report.py --data data/stamps --out runs/emoji/report-stamps --count 32

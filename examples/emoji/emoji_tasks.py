@@ -188,15 +188,14 @@ class EmojiRows(Dataset):
         scales = self.mix.finest_scale_edits if from_picture else self.mix.finest_scale
         finest_scale = batch_rng.choices(range(len(scales)), scales)[0]
         rng = random.Random(f"{self.seed} row {index}")
-        finest, row = self._copy(rng) if kind == "copy" else self._from_split(kind, rng)
+        if kind == "copy":
+            finest, row = self._copy(rng)
+        else:
+            pictures, row = (self._from_picture if from_picture else self._one_picture)(kind, rng)
+            finest = [self._finest(picture) for picture in pictures]
         if kind == "draw" or from_picture:
             row["finest_scale"] = finest_scale
         return {**row, "image_features": [self._sequence(features) for features in finest]}
-
-    def _from_split(self, kind: str, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
-        from_picture = kind in ("edit", "condition")
-        pictures, row = (self._from_picture if from_picture else self._one_picture)(kind, rng)
-        return [self._finest(picture) for picture in pictures], row
 
     def _copy(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
         """A patchwork to be drawn again: the cells of a grid show pieces of four pictures, so that no piece tells what

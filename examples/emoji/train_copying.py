@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from emoji_tasks import KINDS, TaskMix
 from emoji_training import parse_arguments
-from train_language_model import COMMON, CachedData, train
+from train_language_model import COMMON, CachedData, load_trained, train
 
-from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 from transformers_puma.training import PumaTrainingArguments
 
 PRESETS = {
@@ -40,10 +39,7 @@ def main() -> None:
         return
     arguments.seed += 2  # other rows than in the stages before and after
     torch.manual_seed(arguments.seed)
-    # A finished model folder holds half precision, which is too coarse to be trained.
-    model = PumaForConditionalGeneration.from_pretrained(options.pretrained, dtype=torch.float32)
-    processor = PumaProcessor.from_pretrained(options.pretrained)
-    train(model, processor, stage, arguments, options, COPYING)
+    train(*load_trained(options.pretrained), stage, arguments, options, COPYING)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,12 @@ def build_model(
     return model
 
 
+def load_trained(folder: str, **settings) -> tuple[PumaForConditionalGeneration, PumaProcessor]:
+    """To be trained on, in single precision: a finished model folder holds half, which is too coarse for that."""
+    model = PumaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **settings)
+    return model, PumaProcessor.from_pretrained(folder)
+
+
 class OrderedTrainer(PumaTrainer):
     """Rows come in the order of `EmojiRows`, whose batches are of one kind each."""
 

@@ -13,9 +13,8 @@ import torch
 from emoji_tasks import KINDS, TaskMix
 from emoji_training import parse_arguments
 from peft import get_peft_model
-from train_language_model import COMMON, DRAWING, CachedData, train
+from train_language_model import COMMON, DRAWING, CachedData, load_trained, train
 
-from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 from transformers_puma.training import PumaTrainingArguments, puma_lora_config
 
 PRESETS = {
@@ -54,11 +53,7 @@ def main() -> None:
     # Other rows than in pretraining.
     arguments.seed += 1
     torch.manual_seed(arguments.seed)
-    # A finished model folder holds half precision, which is too coarse to be trained.
-    model = PumaForConditionalGeneration.from_pretrained(
-        options.pretrained, dtype=torch.float32, input_scales=options.input_scales
-    )
-    processor = PumaProcessor.from_pretrained(options.pretrained)
+    model, processor = load_trained(options.pretrained, input_scales=options.input_scales)
     mix = TaskMix(tuple(options.shares))
     if options.lora_r is None:
         train(model, processor, stage, arguments, options, mix, held_out=options.held_out)
