@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_command(command, checkout):
     if command == "make demo":
         recipe = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, check=True, capture_output=True, text=True)
         command = re.search(r"python (examples/demo\.py.*)", recipe.stdout)[0]
+    if command in ("puma demo", "puma serve"):
+        return check_server(command, checkout)
     if command.startswith("puma init"):
         make_language_model(checkout / "llm")
         make_encoder(checkout / "vision")
@@ -70,6 +73,21 @@ def test_command(command, checkout):
     before = set(checkout.rglob("*"))
     output = run([sys.executable, *(["-m", "puma_cli"] if program == "puma" else []), *arguments], checkout)
     assert output.strip() or set(checkout.rglob("*")) - before
+
+
+def check_server(command: str, folder: Path) -> None:
+    """It listens at the address that the README says, and its first page comes; on a port of the test's own."""
+    named = re.search(rf"{command} .*http://127.0.0.1:(\d+)", README)[1]
+    program = [sys.executable, "-m", "puma_cli", command.split()[1]]
+    assert f"default: {named}" in run([*program, "--help"], folder)
+    process = subprocess.Popen([*program, "--port", "0"], cwd=folder, stdout=subprocess.PIPE, text=True)
+    try:
+        address = process.stdout.readline().split()[-1]
+        for path in ("/docs", "/v1/models") if command == "puma serve" else ("/",):
+            assert urllib.request.urlopen(f"{address}{path}").status == 200
+    finally:
+        process.kill()
+        process.wait()
 
 
 def check_elsewhere(command: str) -> None:

@@ -113,14 +113,18 @@ def run(todo: list[Stage], logs: Path, jobs: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"stages of another run are at work in {logs}: wait for them or stop them first") from None
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+    cores = os.cpu_count() or 1
     done = {stage.name for stage in todo if stage.result.exists()}
     waiting = [stage for stage in todo if stage.name not in done]
     print(f"done already: {', '.join(sorted(done)) or 'nothing'}")
     running: dict[str, tuple[subprocess.Popen, float]] = {}
     try:
         while waiting or running:
-            for stage in [stage for stage in waiting if done.issuperset(stage.needs)][: jobs - len(running)]:
+            ready = [stage for stage in waiting if done.issuperset(stage.needs)][: jobs - len(running)]
+            # A stage that all others wait for has all cores.
+            threads = cores if len(ready) + len(running) == 1 else max(1, cores // jobs)
+            environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+            for stage in ready:
                 waiting.remove(stage)
                 with (logs / f"{stage.name}.log").open("ab") as log:
                     command = [sys.executable, str(HERE / stage.script), *stage.arguments]

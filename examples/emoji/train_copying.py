@@ -17,7 +17,7 @@ from transformers_puma.training import PumaTrainingArguments
 
 PRESETS = {
     "cpu": dict(
-        max_steps=500, per_device_train_batch_size=16, learning_rate=1e-3, warmup_steps=50, save_steps=100, **COMMON
+        max_steps=400, per_device_train_batch_size=16, learning_rate=1e-3, warmup_steps=50, save_steps=100, **COMMON
     ),
     "gpu": dict(
         max_steps=1000, per_device_train_batch_size=128, learning_rate=1e-3, warmup_steps=100, save_steps=500, **COMMON

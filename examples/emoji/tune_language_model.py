@@ -19,7 +19,7 @@ from transformers_puma.training import PumaTrainingArguments, puma_lora_config
 
 PRESETS = {
     "cpu": dict(
-        max_steps=1700, per_device_train_batch_size=32, learning_rate=8e-4, warmup_steps=50, save_steps=100, **COMMON
+        max_steps=900, per_device_train_batch_size=32, learning_rate=8e-4, warmup_steps=50, save_steps=100, **COMMON
     ),
     "gpu": dict(
         max_steps=10000,

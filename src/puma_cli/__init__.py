@@ -9,7 +9,7 @@ import argparse
 import sys
 import warnings
 
-from . import ask, convert, eval, generate, info, init, reconstruct
+from . import ask, convert, demo, eval, generate, info, init, reconstruct, serve
 from .errors import UserError, one_line
 
 COMMANDS = {
@@ -20,6 +20,8 @@ COMMANDS = {
     "init": init,
     "info": info,
     "eval": eval,
+    "demo": demo,
+    "serve": serve,
 }
 
 

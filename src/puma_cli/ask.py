@@ -3,10 +3,8 @@
 import argparse
 
 from .model_source import find_model
-from .options import add_model_options, positive
+from .options import MAX_NEW_TOKENS, add_model_options, positive
 from .pictures import read_picture
-
-MAX_NEW_TOKENS = 128
 
 
 def add_parser(subparsers) -> None:
@@ -27,13 +25,10 @@ def run(args: argparse.Namespace) -> None:
     model = find_model(args.model)
     model.require_language_model("a question")
 
-    import torch
-
+    from .answering import AnswerOptions, answer, question_about
     from .loading import load_language_model, quiet_libraries
 
     mllm, processor = load_language_model(model, args.device, args.dtype)
-    inputs = processor.prepare_question([args.question], [[picture]]).to(mllm.device)
-    max_new_tokens = args.max_new_tokens or mllm.generation_config.max_new_tokens or MAX_NEW_TOKENS
-    with quiet_libraries(), torch.no_grad():
-        sequences = mllm.generate(**inputs, max_new_tokens=max_new_tokens)
-    print(processor.decode_answers(sequences, inputs["input_ids"].shape[1])[0])
+    with quiet_libraries():
+        result = answer(mllm, processor, question_about([picture], args.question), AnswerOptions(args.max_new_tokens))
+    print(result.text)

@@ -5,6 +5,7 @@ import math
 
 NUM_SCALES = 5
 MAX_SEED = 2**63 - 1
+MAX_NEW_TOKENS = 128  # of an answer, where neither user nor model says
 
 
 Scale = int | str | list[tuple[float, int]]

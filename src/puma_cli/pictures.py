@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from .errors import UserError, one_line
 
@@ -16,21 +16,26 @@ def read_picture(file: str | Path) -> "Image.Image":
     Raises:
         UserError: no such file, or not a picture.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     file = Path(file)
     if not file.exists():
         raise UserError(f"no such file: {file}")
     if not file.is_file():
         raise UserError(f"not a file: {file}")
+    return decode_picture(file, str(file))
+
+
+def decode_picture(file: Path | IO[bytes], name: str) -> "Image.Image":
+    """As `read_picture`, also of an open file; `name` is what errors call it."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGBA")
     except UnidentifiedImageError as error:
-        raise UserError(f"not a picture: {file}") from error
+        raise UserError(f"not a picture: {name}") from error
     # Image.open and the decoders behind it raise many kinds of errors on damaged files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the picture {file}: {one_line(error)}") from error
+        raise UserError(f"cannot read the picture {name}: {one_line(error)}") from error
     background = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(background, picture).convert("RGB")
 

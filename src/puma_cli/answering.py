@@ -1,0 +1,172 @@
+"""Answers in a conversation about pictures, whole or piece by piece. Imports the libraries."""
+
+import base64
+import binascii
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.generation.streamers import BaseStreamer
+
+from transformers_puma import PumaForConditionalGeneration, PumaProcessor
+
+from .errors import UserError
+from .options import MAX_NEW_TOKENS
+from .pictures import decode_picture
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`messages` as `apply_chat_template` takes them, and the pictures of their `{"type": "image"}` parts."""
+
+    messages: list[dict[str, Any]]
+    images: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Of `generate`; None is the model's own."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`finish_reason` is `"stop"`, or `"length"` if `max_new_tokens` cut the answer."""
+
+    text: str
+    prompt_tokens: int
+    answer_tokens: int
+    finish_reason: str
+
+
+def question_about(images: list[Image.Image], question: str) -> Conversation:
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    return Conversation([{"role": "user", "content": parts}], images)
+
+
+def read_messages(messages: list[dict[str, Any]]) -> Conversation:
+    """A conversation in OpenAI's format, whose pictures are `image_url` parts with `data:` URLs.
+
+    Raises:
+        UserError: a message that is not of that format, or the last is not the user's.
+    """
+    conversation = Conversation([], [])
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if message.keys() != {"role", "content"} or message["role"] not in ROLES:
+            raise UserError(f"{where} must have content and a role of {', '.join(ROLES)}, and no more: got {message}")
+        content = message["content"]
+        if not isinstance(content, (str, list)):
+            raise UserError(f"{where}.content must be a text or a list of parts, got {content!r}")
+        if isinstance(content, list):
+            content = [
+                _read_part(part, f"{where}.content[{j}]", conversation.images) for j, part in enumerate(content)
+            ]
+        conversation.messages.append({"role": message["role"], "content": content})
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError("the last of messages must be the user's")
+    return conversation
+
+
+def _read_part(part: Any, where: str, images: list[Image.Image]) -> dict[str, Any]:
+    """A part as the chat template takes it; its picture, if it is one, is added to `images`."""
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "image_url", "image_url": {"url": str(url)}}:
+            images.append(_read_data_url(url, where))
+            return {"type": "image"}
+    raise UserError(f"{where} must be a text or an image_url part, got {str(part)[:100]}")
+
+
+def _read_data_url(url: str, where: str) -> Image.Image:
+    head, comma, data = url.partition(",")
+    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
+        raise UserError(
+            f"{where}: a picture must be a data:image/...;base64,... URL, nothing is fetched: {url[:100]!r}"
+        )
+    try:
+        return decode_picture(io.BytesIO(base64.b64decode(data, validate=True)), where)
+    except binascii.Error as error:
+        raise UserError(f"{where}: the data of the picture is not base64: {error}") from error
+
+
+class _Tokens(BaseStreamer):
+    """What `generate` writes after the prompt, token by token, for another thread; None ends it."""
+
+    def __init__(self):
+        self.queue: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._seen_prompt = False
+
+    def put(self, value: torch.LongTensor) -> None:
+        if self._seen_prompt:
+            self.queue.put(value.flatten().tolist())
+        self._seen_prompt = True
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+
+def answer(
+    mllm: PumaForConditionalGeneration,
+    processor: PumaProcessor,
+    conversation: Conversation,
+    options: AnswerOptions,
+    streamer: BaseStreamer | None = None,
+) -> Answer:
+    """The model's answer to the last message. Raises `ValueError` for what the chat template refuses."""
+    ids, _ = processor.encode_conversation(conversation.messages, add_generation_prompt=True)
+    inputs = {"input_ids": torch.tensor([ids], device=mllm.device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if conversation.images:
+        pixel_values = processor.image_processor(conversation.images, return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"] = pixel_values.to(mllm.device)
+    limit = options.max_new_tokens or mllm.generation_config.max_new_tokens or MAX_NEW_TOKENS
+    sampling = {"temperature": options.temperature, "top_p": options.top_p}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if options.temperature == 0:
+        sampling = {"do_sample": False}
+    elif sampling:
+        sampling["do_sample"] = True
+    sequences = mllm.generate(**inputs, max_new_tokens=limit, streamer=streamer, **sampling)
+    written = sequences[0, len(ids) :].tolist()
+    ended = len(written) < limit or written[-1] in _end_ids(mllm)
+    text = processor.decode_answers(sequences, len(ids))[0]
+    return Answer(text, len(ids), len(written), "stop" if ended else "length")
+
+
+def stream_answer(
+    mllm: PumaForConditionalGeneration, processor: PumaProcessor, conversation: Conversation, options: AnswerOptions
+) -> Iterator[str | Answer]:
+    """The pieces of `answer` as they are written, then the `Answer`."""
+    tokens = _Tokens()
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(answer, mllm, processor, conversation, options, tokens)
+        # Also if it fails: whoever waits for tokens must not wait for ever.
+        future.add_done_callback(lambda _: tokens.end())
+        ids, written = [], ""
+        for new in iter(tokens.queue.get, None):
+            ids += new
+            text = processor.decode_answers(torch.tensor([ids]), 0)[0]
+            if text != written and not text.endswith("\ufffd"):  # a character of which tokens are still to come
+                yield text[len(written) :]
+                written = text
+        result = future.result()
+        if result.text != written:
+            yield result.text[len(written) :]
+        yield result
+
+
+def _end_ids(mllm: PumaForConditionalGeneration) -> list[int]:
+    ids = mllm.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [ids]

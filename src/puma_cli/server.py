@@ -1,0 +1,232 @@
+"""The application of `puma serve`: OpenAI's routes for pictures and answers. Imports the libraries.
+
+| route | what |
+|---|---|
+| `POST /v1/images/generations` | a picture from words |
+| `POST /v1/images/edits` | a picture from words and pictures |
+| `POST /v1/images/variations` | a picture encoded and decoded again; coarse scales vary it |
+| `POST /v1/chat/completions` | answers about pictures, streamed if asked for |
+| `GET /v1/models`, `GET /health` | what is served |
+
+Beside OpenAI's fields, pictures take `scale`, `seed`, `steps` and `guidance`, as the commands do. A field that is not
+known is refused, so nothing that is asked for is left out in silence. The model runs one request at a time.
+"""
+
+import argparse
+import base64
+import io
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Any, Literal
+
+import torch
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from diffusers_puma import PumaPipeline
+
+from .answering import AnswerOptions, Conversation, answer, read_messages, stream_answer
+from .errors import UserError, one_line
+from .options import MAX_SEED, scale_schedule_or_best
+from .pictures import decode_picture
+from .scoring import caption_scorer
+
+MAX_PICTURES = 10  # of one request, as OpenAI's
+
+
+class NoSuchModel(ValueError):
+    """A request for a model that is not the one served."""
+
+
+def _parse_scale(value: Any) -> Any:
+    try:
+        return scale_schedule_or_best(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _parse_size(value: Any) -> Any:
+    """`WIDTHxHEIGHT` -> both, None for `auto`."""
+    if value == "auto":
+        return None
+    parts = str(value).split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"must be auto or WIDTHxHEIGHT in pixels, got {value!r}")
+    return parts
+
+
+class DrawRequest(BaseModel):
+    """Fields of the three routes for pictures."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_PICTURES)] = 1
+    size: Annotated[tuple[int, int] | None, BeforeValidator(_parse_size)] = None
+    response_format: Literal["b64_json"] = "b64_json"
+    scale: Annotated[Any, BeforeValidator(_parse_scale)] = None
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
+    steps: Annotated[int | None, Field(ge=1)] = None
+    guidance: Annotated[float | None, Field(allow_inf_nan=False)] = None
+
+
+class ChatRequest(BaseModel):
+    """Fields of the route for answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    stream: bool = False
+
+
+async def _read_form(request: Request) -> tuple[DrawRequest, list[Image.Image]]:
+    """The fields and pictures of a form; clients send several pictures as `image[]`."""
+    form = await request.form()
+    files = [*form.getlist("image"), *form.getlist("image[]")]
+    if not files or any(isinstance(file, str) for file in files):
+        raise UserError("the form has no picture file: image is required")
+    fields = {name: value for name, value in form.items() if name not in ("image", "image[]")}
+    return DrawRequest.model_validate(fields), [decode_picture(file.file, file.filename) for file in files]
+
+
+Form = Annotated[tuple[DrawRequest, list[Image.Image]], Depends(_read_form)]
+
+
+def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
+    """The application.
+
+    Args:
+        pipe: draws and answers.
+        name: the model folder or its name on the Hub; a folder is served by its last part.
+    """
+    app = FastAPI(title="PUMA")
+    lock = Lock()
+    if Path(name).is_dir():
+        name = Path(name).resolve().name
+
+    def draw(request: DrawRequest, images: list[Image.Image]) -> dict[str, Any]:
+        check_model(request.model)
+        inputs: dict[str, Any] = {"prompt": request.prompt, "scale": request.scale}
+        if images:
+            inputs["image"] = [images]
+        if request.scale == "best" and pipe.mllm is not None:
+            inputs["scorer"] = caption_scorer(pipe.mllm, pipe.processor)
+        if request.size is not None:
+            inputs["width"], inputs["height"] = request.size
+        options = {"num_inference_steps": request.steps, "guidance_scale": request.guidance}
+        inputs |= {name: value for name, value in options.items() if value is not None}
+        if request.seed is not None:
+            # On the CPU, so that a seed gives the same picture on every device.
+            inputs["generator"] = torch.Generator().manual_seed(request.seed)
+        with lock:
+            pictures = pipe(**inputs, num_images_per_prompt=request.n).images
+        if not isinstance(pictures, dict):
+            data = [{"b64_json": _base64_png(picture)} for picture in pictures]
+        else:
+            data = [{"b64_json": _base64_png(item), "scale": k} for k, items in pictures.items() for item in items]
+        return {"created": int(time.time()), "data": data}
+
+    def check_model(model: str | None) -> None:
+        if model not in (None, name):
+            raise NoSuchModel(f"there is no model {model!r} here, only {name!r}")
+
+    @app.post("/v1/images/generations")
+    def generations(request: DrawRequest) -> dict[str, Any]:
+        if request.prompt is None:
+            raise UserError("prompt is required")
+        return draw(request, [])
+
+    @app.post("/v1/images/edits")
+    def edits(form: Form) -> dict[str, Any]:
+        request, images = form
+        if request.prompt is None:
+            raise UserError("prompt is required; /v1/images/variations takes pictures alone")
+        return draw(request, images)
+
+    @app.post("/v1/images/variations")
+    def variations(form: Form) -> dict[str, Any]:
+        request, images = form
+        if request.prompt is not None or len(images) > 1:
+            raise UserError("a variation is of one image, without a prompt; /v1/images/edits takes more")
+        return draw(request, images)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    def chat_completions(request: ChatRequest) -> dict[str, Any] | StreamingResponse:
+        check_model(request.model)
+        if pipe.mllm is None or pipe.processor is None:
+            raise UserError(f"an answer needs a language model, and {name} has none")
+        conversation = read_messages(request.messages)
+        options = AnswerOptions(
+            request.max_completion_tokens or request.max_tokens, request.temperature, request.top_p
+        )
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+        if request.stream:
+            return StreamingResponse(chunks(head, conversation, options), media_type="text/event-stream")
+        with lock:
+            result = answer(pipe.mllm, pipe.processor, conversation, options)
+        message = {"role": "assistant", "content": result.text}
+        usage = {
+            "prompt_tokens": result.prompt_tokens,
+            "completion_tokens": result.answer_tokens,
+            "total_tokens": result.prompt_tokens + result.answer_tokens,
+        }
+        choice = {"index": 0, "message": message, "finish_reason": result.finish_reason}
+        return {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+
+    def chunks(head: dict[str, Any], conversation: Conversation, options: AnswerOptions) -> Iterator[str]:
+        def chunk(delta: dict[str, str], finish_reason: str | None = None) -> str:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+            return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+
+        yield chunk({"role": "assistant", "content": ""})
+        with lock:
+            for piece in stream_answer(pipe.mllm, pipe.processor, conversation, options):
+                yield chunk({"content": piece}) if isinstance(piece, str) else chunk({}, piece.finish_reason)
+        yield "data: [DONE]\n\n"
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "puma"}]}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(ValidationError)
+    def refuse_fields(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])).removeprefix('body.')}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+        return _refusal("; ".join(faults))
+
+    @app.exception_handler(ValueError)
+    def refuse(_: Request, error: ValueError) -> JSONResponse:
+        return _refusal(one_line(error), 404 if isinstance(error, NoSuchModel) else 400)
+
+    return app
+
+
+def _refusal(message: str, status: int = 400) -> JSONResponse:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": error}, status)
+
+
+def _base64_png(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,66 @@
+"""What `serve` and `demo` share: their options, an address that is free, and running an application on it."""
+
+import argparse
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+from .model_source import ModelSource
+from .options import add_model_options
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from diffusers_puma import PumaPipeline
+
+
+def add_web_options(parser: argparse.ArgumentParser, port: int) -> None:
+    group = parser.add_argument_group("address")
+    group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, which only this machine reaches")
+    group.add_argument(
+        "--port", type=_port, default=port, metavar="N", help=f"default: {port}; 0 for any that is free"
+    )
+    add_model_options(parser)
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Takes an address; to be called before a model is loaded for it. It refuses connections until `run_app`.
+
+    Raises:
+        UserError: an address that another program listens on, or none of this machine's.
+    """
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+        return taken
+    except OSError as error:
+        taken.close()
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def load_for_web(args: argparse.Namespace, model: ModelSource) -> "PumaPipeline":
+    """The pipeline with all decoders, without progress bars: a server's log is no place for them."""
+    from .loading import load_pipeline
+
+    pipe = load_pipeline(model, model.decoders, args.device, args.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_app(app: "FastAPI", listener: socket.socket, what: str) -> None:
+    """Serves the application until it is interrupted, having printed `what` with its address."""
+    import uvicorn
+
+    listener.listen()
+    host, port = listener.getsockname()[:2]
+    print(f"{what} http://{host}:{port}", flush=True)
+    with suppress(KeyboardInterrupt):  # how a user ends it
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**16 - 1}, got {text!r}")
+    return int(text)

@@ -1,0 +1,222 @@
+"""`puma serve` by OpenAI's own client, `puma demo` by Gradio's: against the pipeline on the same folder."""
+
+import base64
+import io
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image, ImageChops
+
+from diffusers_puma import PumaPipeline
+from puma_cli import main
+from puma_cli.pictures import read_picture
+
+PICTURE = Path(__file__).parents[1] / "parity" / "data" / "official_release_tiny" / "input.png"
+QUESTION = "what is it?"
+
+
+@contextmanager
+def running(command: str, folder: Path) -> Iterator[str]:
+    """The address of a command's server, which stops without a traceback when it is interrupted."""
+    arguments = [sys.executable, "-m", "puma_cli", command, "--model", str(folder), "--port", "0"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    if "http://" not in line:
+        process.kill()
+        raise AssertionError(line + process.communicate()[1])
+    yield line.split()[-1]
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err, err
+
+
+@pytest.fixture(scope="module")
+def client(full_folder) -> Iterator[openai.OpenAI]:
+    with running("serve", full_folder) as address:
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def pipe(full_folder) -> PumaPipeline:
+    return PumaPipeline.from_pretrained(full_folder, dtype=torch.float32)
+
+
+def pictures(response) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(base64.b64decode(item.b64_json))) for item in response.data]
+
+
+def assert_same(first: list[Image.Image], second: list[Image.Image]) -> None:
+    assert len(first) == len(second)
+    assert not any(ImageChops.difference(a, b).getbbox() for a, b in zip(first, second, strict=True))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ask(client: openai.OpenAI, **options):
+    url = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    messages = [{"role": "user", "content": parts}]
+    return client.chat.completions.create(**{"model": "full", "messages": messages} | options)
+
+
+class TestServe:
+    def test_pictures_from_words(self, client, pipe):
+        given = {"scale": 2, "seed": 5, "steps": 2, "guidance": 3}
+        response = client.images.generate(prompt="a cat", n=2, size="16x16", extra_body=given)
+        inputs = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": seeded(5), "width": 16, "height": 16}
+        assert_same(pictures(response), pipe("a cat", scale=2, num_images_per_prompt=2, **inputs).images)
+
+    def test_all_scales_and_schedules(self, client, pipe):
+        response = client.images.generate(prompt="a cat", extra_body={"scale": "all", "seed": 5})
+        expected = pipe("a cat", scale="all", generator=seeded(5)).images
+        assert [item.scale for item in response.data] == list(expected)
+        assert_same(pictures(response), [images[0] for images in expected.values()])
+        response = client.images.generate(prompt="a cat", extra_body={"scale": "4:0.5,1", "seed": 5})
+        assert_same(pictures(response), pipe("a cat", scale=[(0.5, 4), (1.0, 1)], generator=seeded(5)).images)
+        assert len(client.images.generate(prompt="a cat", extra_body={"scale": "best"}).data) == 1
+
+    def test_edits_and_variations(self, client, pipe):
+        picture = read_picture(PICTURE)
+        response = client.images.edit(image=PICTURE, prompt="red", extra_body={"seed": 5})
+        assert_same(pictures(response), pipe("red", image=picture, generator=seeded(5)).images)
+        response = client.images.edit(image=[PICTURE, PICTURE], prompt="both", extra_body={"seed": 5})
+        assert_same(pictures(response), pipe("both", image=[[picture, picture]], generator=seeded(5)).images)
+        with PICTURE.open("rb") as file, pytest.warns(DeprecationWarning):
+            response = client.images.create_variation(image=file, n=2, extra_body={"scale": 3, "seed": 5})
+        expected = pipe(image=picture, scale=3, num_images_per_prompt=2, generator=seeded(5)).images
+        assert_same(pictures(response), expected)
+
+    def test_answers_whole_and_in_pieces(self, client, pipe):
+        expected = pipe.ask(read_picture(PICTURE), QUESTION, max_new_tokens=12)
+        response = ask(client, max_tokens=12)
+        assert response.choices[0].message.content == expected
+        assert response.choices[0].finish_reason == "length" and response.usage.completion_tokens == 12
+        chunks = [chunk.choices[0] for chunk in ask(client, max_tokens=12, stream=True)]
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == expected
+        assert len(chunks) > 3 and [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["length"]
+
+    def test_conversations_and_sampling(self, client):
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "hi"},
+            {"role": "user", "content": "bye"},
+        ]
+        greedy = [ask(client, messages=messages, max_completion_tokens=8, temperature=t) for t in (0, 0, 2)]
+        first, second, _ = (response.choices[0].message.content for response in greedy)
+        assert first == second
+        sampled = {ask(client, max_tokens=8, temperature=2, top_p=0.99).choices[0].message.content for _ in range(3)}
+        assert len(sampled) > 1
+
+    def test_what_is_served(self, client):
+        assert [model.id for model in client.models.list()] == ["full"]
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"extra_body": {"scale": 7}}, "scale: must be 0 (finest) to 4 (coarsest), all or best, got '7'"),
+            ({"size": "big"}, "size: must be auto or WIDTHxHEIGHT in pixels, got 'big'"),
+            ({"size": "15x16"}, "width must be a positive multiple of"),
+            ({"n": 99}, "n: "),
+            ({"quality": "high"}, "quality: "),
+            ({"extra_body": {"seed": -1}}, "seed: "),
+            ({"response_format": "url"}, "response_format: "),
+        ],
+    )
+    def test_mistakes_about_pictures(self, client, options, text):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(prompt="a cat", **options)
+        assert text in caught.value.body["message"] and caught.value.type == "invalid_request_error"
+
+    def test_mistakes_about_given_pictures(self, client, tmp_path):
+        (tmp_path / "text.png").write_text("no picture")
+        with pytest.raises(openai.BadRequestError, match="not a picture: text.png"):
+            client.images.edit(image=tmp_path / "text.png", prompt="red")
+        with pytest.raises(openai.BadRequestError, match="mask: "):
+            client.images.edit(image=PICTURE, mask=PICTURE, prompt="red")
+        with pytest.raises(openai.NotFoundError, match="there is no model 'other' here, only 'full'"):
+            client.images.generate(prompt="a cat", model="other")
+
+    @pytest.mark.parametrize(
+        ("content", "text"),
+        [
+            ([{"type": "image_url", "image_url": {"url": "http://host/a.png"}}], "nothing is fetched: 'http://host"),
+            ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}], "is not base64"),
+            ([{"type": "input_audio", "input_audio": {}}], "messages[0].content[0] must be a text or an image_url"),
+            (5, "messages[0].content must be a text or a list of parts, got 5"),
+        ],
+    )
+    def test_mistakes_in_messages(self, client, content, text):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, messages=[{"role": "user", "content": content}])
+        assert text in caught.value.body["message"]
+        with pytest.raises(openai.BadRequestError, match="a role of system, user, assistant"):
+            ask(client, messages=[{"role": "tool", "content": "a"}])
+        with pytest.raises(openai.BadRequestError, match="the last of messages must be the user's"):
+            ask(client, messages=[])
+
+    def test_decoders_alone(self, decoders_folder):
+        with running("serve", decoders_folder) as address:
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+            with PICTURE.open("rb") as file, pytest.warns(DeprecationWarning):
+                assert len(client.images.create_variation(image=file, extra_body={"scale": 1}).data) == 1
+            with pytest.raises(openai.BadRequestError, match="language model"):
+                client.images.generate(prompt="a cat")
+            with pytest.raises(openai.BadRequestError, match="decoders has none"):
+                ask(client, model="decoders")
+
+
+class TestDemo:
+    def test_the_page_draws_reconstructs_and_answers(self, full_folder, pipe):
+        def shown(gallery: list[dict]) -> list[Image.Image]:
+            return [Image.open(item["image"]) for item in gallery]
+
+        picture = read_picture(PICTURE)
+        with running("demo", full_folder) as address:
+            page = Client(address, verbose=False)
+            options = {"pictures": 2, "seed": 5, "steps": 2, "guidance": 3}
+            inputs = {"num_images_per_prompt": 2, "num_inference_steps": 2, "guidance_scale": 3.0}
+            drawn = page.predict("a cat", None, "auto", **options, api_name="/draw")
+            assert_same(shown(drawn), pipe("a cat", **inputs, generator=seeded(5)).images)
+            edited = page.predict("red", handle_file(PICTURE), "auto", **options, api_name="/draw")
+            assert_same(shown(edited), pipe("red", image=picture, **inputs, generator=seeded(5)).images)
+            copies = page.predict(handle_file(PICTURE), "all", **options, api_name="/reconstruct")
+            expected = pipe(image=picture, scale="all", **inputs, generator=seeded(5)).images
+            assert [item["caption"] for item in copies] == [f"scale {k}" for k in expected for _ in range(2)]
+            assert_same(shown(copies), [item for items in expected.values() for item in items])
+            answer = page.predict(handle_file(PICTURE), QUESTION, api_name="/ask")
+            assert answer == pipe.ask(picture, QUESTION, max_new_tokens=128)
+            with pytest.raises(AppError, match="a prompt is needed"):
+                page.predict(" ", None, api_name="/draw")
+            with pytest.raises(AppError, match="a picture is needed"):
+                page.predict(None, api_name="/reconstruct")
+
+
+class TestStart:
+    @pytest.mark.parametrize("command", ["serve", "demo"])
+    def test_mistakes(self, command, full_folder, language_model_folder, monkeypatch, capsys):
+        def fails(*arguments) -> str:
+            assert main([command, *map(str, arguments)]) == 2
+            return capsys.readouterr().err
+
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            assert f"cannot listen on 127.0.0.1:{port}: " in fails("--model", full_folder, "--port", port)
+        assert "has no decoders" in fails("--model", language_model_folder)
+        assert "--port: must be a whole number from 0 to 65535, got '70000'" in fails("--port", 70000)
+        for name in ("server", "web_page"):
+            monkeypatch.delitem(sys.modules, f"puma_cli.{name}", raising=False)
+        monkeypatch.setitem(sys.modules, "fastapi", None)
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        assert f"is not installed: pip install 'puma-hub[{command}]'" in fails("--model", full_folder, "--port", 0)
