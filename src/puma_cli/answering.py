@@ -10,7 +10,9 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
+from transformers import BatchFeature
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
@@ -117,20 +119,30 @@ class _Tokens(BaseStreamer):
         self.queue.put(None)
 
 
+def prepare(processor: PumaProcessor, conversation: Conversation) -> BatchFeature:
+    """Inputs of `answer`.
+
+    Raises:
+        UserError: messages that the model's chat template refuses, such as a system message that is not the first.
+    """
+    try:
+        ids, _ = processor.encode_conversation(conversation.messages, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses the messages: {error.message}") from error
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    if conversation.images:
+        inputs |= processor.image_processor(conversation.images, return_tensors="pt")
+    return BatchFeature(inputs)
+
+
 def answer(
     mllm: PumaForConditionalGeneration,
     processor: PumaProcessor,
-    conversation: Conversation,
+    inputs: BatchFeature,
     options: AnswerOptions,
     streamer: BaseStreamer | None = None,
 ) -> Answer:
-    """The model's answer to the last message. Raises `ValueError` for what the chat template refuses."""
-    ids, _ = processor.encode_conversation(conversation.messages, add_generation_prompt=True)
-    inputs = {"input_ids": torch.tensor([ids], device=mllm.device)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if conversation.images:
-        pixel_values = processor.image_processor(conversation.images, return_tensors="pt")["pixel_values"]
-        inputs["pixel_values"] = pixel_values.to(mllm.device)
+    """The model's answer to the last message of a conversation."""
     limit = options.max_new_tokens or mllm.generation_config.max_new_tokens or MAX_NEW_TOKENS
     sampling = {"temperature": options.temperature, "top_p": options.top_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}
@@ -138,20 +150,21 @@ def answer(
         sampling = {"do_sample": False}
     elif sampling:
         sampling["do_sample"] = True
-    sequences = mllm.generate(**inputs, max_new_tokens=limit, streamer=streamer, **sampling)
-    written = sequences[0, len(ids) :].tolist()
+    sequences = mllm.generate(**inputs.to(mllm.device), max_new_tokens=limit, streamer=streamer, **sampling)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    written = sequences[0, prompt_tokens:].tolist()
     ended = len(written) < limit or written[-1] in _end_ids(mllm)
-    text = processor.decode_answers(sequences, len(ids))[0]
-    return Answer(text, len(ids), len(written), "stop" if ended else "length")
+    text = processor.decode_answers(sequences, prompt_tokens)[0]
+    return Answer(text, prompt_tokens, len(written), "stop" if ended else "length")
 
 
 def stream_answer(
-    mllm: PumaForConditionalGeneration, processor: PumaProcessor, conversation: Conversation, options: AnswerOptions
+    mllm: PumaForConditionalGeneration, processor: PumaProcessor, inputs: BatchFeature, options: AnswerOptions
 ) -> Iterator[str | Answer]:
     """The pieces of `answer` as they are written, then the `Answer`."""
     tokens = _Tokens()
     with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(answer, mllm, processor, conversation, options, tokens)
+        future = executor.submit(answer, mllm, processor, inputs, options, tokens)
         # Also if it fails: whoever waits for tokens must not wait for ever.
         future.add_done_callback(lambda _: tokens.end())
         ids, written = [], ""

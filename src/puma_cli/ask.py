@@ -25,10 +25,11 @@ def run(args: argparse.Namespace) -> None:
     model = find_model(args.model)
     model.require_language_model("a question")
 
-    from .answering import AnswerOptions, answer, question_about
+    from .answering import AnswerOptions, answer, prepare, question_about
     from .loading import load_language_model, quiet_libraries
 
     mllm, processor = load_language_model(model, args.device, args.dtype)
+    inputs = prepare(processor, question_about([picture], args.question))
     with quiet_libraries():
-        result = answer(mllm, processor, question_about([picture], args.question), AnswerOptions(args.max_new_tokens))
+        result = answer(mllm, processor, inputs, AnswerOptions(args.max_new_tokens))
     print(result.text)

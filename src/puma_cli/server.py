@@ -29,10 +29,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from transformers import BatchFeature
 
 from diffusers_puma import PumaPipeline
 
-from .answering import AnswerOptions, Conversation, answer, read_messages, stream_answer
+from .answering import AnswerOptions, answer, prepare, read_messages, stream_answer
 from .errors import UserError, one_line
 from .options import MAX_SEED, scale_schedule_or_best
 from .pictures import decode_picture
@@ -168,15 +169,15 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
         check_model(request.model)
         if pipe.mllm is None or pipe.processor is None:
             raise UserError(f"an answer needs a language model, and {name} has none")
-        conversation = read_messages(request.messages)
+        inputs = prepare(pipe.processor, read_messages(request.messages))
         options = AnswerOptions(
             request.max_completion_tokens or request.max_tokens, request.temperature, request.top_p
         )
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if request.stream:
-            return StreamingResponse(chunks(head, conversation, options), media_type="text/event-stream")
+            return StreamingResponse(chunks(head, inputs, options), media_type="text/event-stream")
         with lock:
-            result = answer(pipe.mllm, pipe.processor, conversation, options)
+            result = answer(pipe.mllm, pipe.processor, inputs, options)
         message = {"role": "assistant", "content": result.text}
         usage = {
             "prompt_tokens": result.prompt_tokens,
@@ -186,14 +187,14 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
         choice = {"index": 0, "message": message, "finish_reason": result.finish_reason}
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
 
-    def chunks(head: dict[str, Any], conversation: Conversation, options: AnswerOptions) -> Iterator[str]:
+    def chunks(head: dict[str, Any], inputs: BatchFeature, options: AnswerOptions) -> Iterator[str]:
         def chunk(delta: dict[str, str], finish_reason: str | None = None) -> str:
             choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
             return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
 
         yield chunk({"role": "assistant", "content": ""})
         with lock:
-            for piece in stream_answer(pipe.mllm, pipe.processor, conversation, options):
+            for piece in stream_answer(pipe.mllm, pipe.processor, inputs, options):
                 yield chunk({"content": piece}) if isinstance(piece, str) else chunk({}, piece.finish_reason)
         yield "data: [DONE]\n\n"
 

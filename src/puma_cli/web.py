@@ -1,17 +1,16 @@
-"""What `serve` and `demo` share: their options, an address that is free, and running an application on it."""
+"""What `serve` and `demo` share: their options, and running an application with a model on an address."""
 
 import argparse
 import socket
 from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .errors import UserError
-from .model_source import ModelSource
+from .model_source import ModelSource, find_model
 from .options import add_model_options
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from diffusers_puma import PumaPipeline
 
 
@@ -24,8 +23,28 @@ def add_web_options(parser: argparse.ArgumentParser, port: int) -> None:
     add_model_options(parser)
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Takes an address; to be called before a model is loaded for it. It refuses connections until `run_app`.
+def run_app(args: argparse.Namespace, module: str, what: str) -> None:
+    """Serves `build_app(pipe, name)` of a module of this package until it is interrupted, having printed `what` with
+    its address."""
+    model = find_model(args.model)
+    model.require_decoders()
+    with _take_address(args.host, args.port) as listener:
+        try:
+            import uvicorn
+
+            build_app = import_module(f".{module}", __package__).build_app
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed: pip install 'puma-hub[{args.command}]'") from error
+        app = build_app(_load(args, model), model.name)
+        listener.listen()
+        host, port = listener.getsockname()[:2]
+        print(f"{what} http://{host}:{port}", flush=True)
+        with suppress(KeyboardInterrupt):  # how a user ends it
+            uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+
+
+def _take_address(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, so that a mistake shows at once; connections are refused until it is.
 
     Raises:
         UserError: an address that another program listens on, or none of this machine's.
@@ -40,24 +59,13 @@ def open_socket(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
-def load_for_web(args: argparse.Namespace, model: ModelSource) -> "PumaPipeline":
+def _load(args: argparse.Namespace, model: ModelSource) -> "PumaPipeline":
     """The pipeline with all decoders, without progress bars: a server's log is no place for them."""
     from .loading import load_pipeline
 
     pipe = load_pipeline(model, model.decoders, args.device, args.dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def run_app(app: "FastAPI", listener: socket.socket, what: str) -> None:
-    """Serves the application until it is interrupted, having printed `what` with its address."""
-    import uvicorn
-
-    listener.listen()
-    host, port = listener.getsockname()[:2]
-    print(f"{what} http://{host}:{port}", flush=True)
-    with suppress(KeyboardInterrupt):  # how a user ends it
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 def _port(text: str) -> int:

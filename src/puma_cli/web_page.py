@@ -12,7 +12,7 @@ from PIL import Image
 from diffusers_puma import PumaPipeline
 from diffusers_puma.pipeline_puma import IMAGE_SCALE, TEXT_SCALE
 
-from .answering import AnswerOptions, answer, question_about
+from .answering import AnswerOptions, answer, prepare, question_about
 from .errors import one_line
 from .options import MAX_SEED
 from .pictures import read_picture
@@ -89,8 +89,8 @@ def _ask_tab(pipe: PumaPipeline) -> None:
         if picture is None or not question.strip():
             raise _complaint("a picture and a question are needed")
         with _complaints():
-            about = question_about([read_picture(picture)], question)
-            return answer(pipe.mllm, pipe.processor, about, AnswerOptions()).text
+            inputs = prepare(pipe.processor, question_about([read_picture(picture)], question))
+            return answer(pipe.mllm, pipe.processor, inputs, AnswerOptions()).text
 
     gr.on([button.click, question.submit], ask, [picture, question], output, concurrency_id="model")
 

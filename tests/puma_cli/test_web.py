@@ -106,6 +106,13 @@ class TestServe:
         assert "".join(chunk.delta.content or "" for chunk in chunks) == expected
         assert len(chunks) > 3 and [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["length"]
 
+    def test_whoever_goes_away_in_an_answer_leaves_the_model_free(self, client, pipe):
+        with ask(client, stream=True) as stream:
+            next(stream)
+            next(stream)
+        expected = pipe.ask(read_picture(PICTURE), QUESTION, max_new_tokens=4)
+        assert ask(client, max_tokens=4, timeout=60).choices[0].message.content == expected
+
     def test_conversations_and_sampling(self, client):
         messages = [
             {"role": "system", "content": "Be brief."},
@@ -165,6 +172,9 @@ class TestServe:
             ask(client, messages=[{"role": "tool", "content": "a"}])
         with pytest.raises(openai.BadRequestError, match="the last of messages must be the user's"):
             ask(client, messages=[])
+        user, system = ({"role": role, "content": "a"} for role in ("user", "system"))
+        with pytest.raises(openai.BadRequestError, match="chat template refuses the messages: unknown role system"):
+            ask(client, messages=[user, system, user], stream=True)
 
     def test_decoders_alone(self, decoders_folder):
         with running("serve", decoders_folder) as address:
