@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from build_dataset import SIZE
 from emoji_edits import EmojiEdits, Picture
 from emoji_pictures import HUES
-from emoji_questions import BOX, EMOJI_TYPES, SCENE_TYPES, Question
+from emoji_questions import BOX, EMOJI_TYPES, SCENE_TYPES, WHAT, Question
 from emoji_sets import TONES
 from emoji_words import (
     COLOUR_EDITS,
@@ -37,8 +37,9 @@ from torch.utils.data import Dataset
 from transformers_puma import flatten_scales, multigranular_features
 from transformers_puma.processing_puma import CHAT_TEMPLATE
 
-KINDS = ("draw", "describe", "ask", "edit", "condition", "copy")
+KINDS = ("draw", "describe", "ask", "edit", "condition", "copy", "name")
 PATCHWORKS = (1, 2, 4, 8)  # cells along a side of the grid of a picture that is to be copied
+ALBUM, ALBUM_SCALE = 12, 2  # pictures that are to be named one after the other, and the finest scale read of them
 SHOWN_ROLES = ("scene", "removed", "recoloured")  # what may be drawn from words and described
 
 
@@ -190,6 +191,8 @@ class EmojiRows(Dataset):
         rng = random.Random(f"{self.seed} row {index}")
         if kind == "copy":
             finest, row = self._copy(rng)
+        elif kind == "name":
+            finest, row = self._album(rng)
         else:
             pictures, row = (self._from_picture if from_picture else self._one_picture)(kind, rng)
             finest = [self._finest(picture) for picture in pictures]
@@ -206,6 +209,19 @@ class EmojiRows(Dataset):
         chosen = F.interpolate(chosen[None, None].float(), size=(side, side), mode="nearest").long().flatten()
         patchwork = pictures[chosen, torch.arange(side * side)]
         return [patchwork, patchwork], {"prompt": f"<image>{copying(rng)}", "completion": "<image>"}
+
+    def _album(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
+        """Emoji to be named. There are many names, so it takes many pictures; their coarse scales are enough."""
+        rows = [self.split.draw_emoji(rng) for _ in range(ALBUM)]
+        messages = []
+        for row in rows:
+            content = [{"type": "image"}, {"type": "text", "text": WHAT}]
+            messages += [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": [{"type": "text", "text": self.split.texts[row]["name"]}]},
+            ]
+        features = [self._finest(("emoji", row)) for row in rows]
+        return features, {"messages": messages, "finest_given_scale": ALBUM_SCALE}
 
     def _any_picture(self, rng: random.Random) -> Picture:
         if rng.random() < self.mix.scenes:

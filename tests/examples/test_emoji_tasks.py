@@ -105,7 +105,7 @@ def split(data, scenes) -> EmojiSplit:
     return EmojiSplit(EmojiPictures(emoji).described(), composed, numbers[0], 1000 + numbers[1])
 
 
-def rows_of(split: EmojiSplit, length: int = 64, kinds=(0.4, 0.1, 0.2, 0.1, 0.1, 0.1), **mix) -> EmojiRows:
+def rows_of(split: EmojiSplit, length: int = 64, kinds=(0.4, 0.1, 0.2, 0.1, 0.1, 0.05, 0.05), **mix) -> EmojiRows:
     return EmojiRows(split, num_scales=5, batch_size=8, length=length, seed=0, mix=TaskMix(kinds, **mix))
 
 
@@ -292,7 +292,7 @@ def test_rows_depend_on_seed_and_number_alone(split):
 def test_rows_of_a_batch_are_of_one_kind_and_end_at_one_scale(split):
     scales = (0.2, 0.4, 0.4, 0, 0)
     rows = rows_of(
-        split, length=480, kinds=(1, 1, 1, 1, 1, 1), finest_scale=scales, finest_scale_edits=(0, 0.5, 0.5, 0, 0)
+        split, length=480, kinds=(1, 1, 1, 1, 1, 1, 1), finest_scale=scales, finest_scale_edits=(0, 0.5, 0.5, 0, 0)
     )
     kinds = set()
     for start in range(0, 480, 8):
@@ -303,7 +303,7 @@ def test_rows_of_a_batch_are_of_one_kind_and_end_at_one_scale(split):
         }
         assert len(form) == 1
         kinds |= form
-    assert len(kinds) == 3 + 1 + 1 + 2
+    assert len(kinds) == 3 + 1 + 1 + 2 + 1
 
 
 def test_edits_lead_from_the_source_to_the_target(split):
@@ -326,13 +326,13 @@ def test_edits_lead_from_the_source_to_the_target(split):
                     assert len(fewer) == len(more) and any(t["adjective"] in instruction for t in more)
                 else:
                     assert len(more) - len(fewer) == {"add": 1, "remove": -1}[type]
-    rows = rows_of(split, kinds=(0, 0, 0, 1, 0, 0))
+    rows = rows_of(split, kinds=(0, 0, 0, 1, 0, 0, 0))
     for i in range(16):
         assert rows[i]["prompt"].startswith("<image>") and rows[i]["completion"] == "<image>"
 
 
 def test_a_condition_leads_to_the_picture_that_it_was_made_from(split):
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 1, 0))
+    rows = rows_of(split, kinds=(0, 0, 0, 0, 1, 0, 0))
     prompts = []
     for i in range(32):
         source, target = pictures_of(rows[i])
@@ -342,9 +342,20 @@ def test_a_condition_leads_to_the_picture_that_it_was_made_from(split):
     assert 4 < sum(":" in prompt for prompt in prompts) < 28  # with and without the task's instruction
 
 
+def test_an_album_is_to_be_named(split):
+    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 0, 1))
+    for i in range(8):
+        pictures, turns = pictures_of(rows[i]), rows[i]["messages"]
+        assert rows[i]["finest_given_scale"] == 2 and len(pictures) == 12 == len(turns) / 2
+        for (which, number), question, answer in zip(pictures, turns[::2], turns[1::2], strict=True):
+            assert [part["type"] for part in question["content"]] == ["image", "text"] and which == "emoji"
+            assert question["content"][1]["text"] == "What is this?"
+            assert answer["content"][0]["text"] == split.texts[number]["name"]
+
+
 def test_a_patchwork_is_to_be_copied(split):
     """Its cells are of up to four pictures, whose numbers the features hold."""
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 1))
+    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 1, 0))
     sizes = set()
     for i in range(32):
         source, target = rows[i]["image_features"]
@@ -414,9 +425,9 @@ def test_questions_about_one_picture_are_of_different_types(split):
 def test_a_mix_that_the_split_cannot_serve_is_an_error(split):
     bare = EmojiSplit(split.texts[:1], [], split.features[:1])
     with pytest.raises(ValueError, match="share of 0.5 for scenes"):
-        rows_of(bare, kinds=(1, 0, 0, 0, 0, 0), scenes=0.5)
+        rows_of(bare, kinds=(1, 0, 0, 0, 0, 0, 0), scenes=0.5)
     with pytest.raises(ValueError, match="share of 1 for condition"):
-        rows_of(bare, kinds=(0, 0, 0, 0, 1, 0), scenes=0)
+        rows_of(bare, kinds=(0, 0, 0, 0, 1, 0, 0), scenes=0)
     with pytest.raises(ValueError, match="must hold a share for each of"):
         rows_of(split, kinds=(1, 0, 0, 0))
 

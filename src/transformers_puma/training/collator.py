@@ -24,12 +24,13 @@ class PumaDataCollator:
 
     `image_features`, for each picture (S, C) encoder features coarsest first, may stand in place of `images`; with
     boxes, the row then needs `image_sizes`, the (width, height) of each. A row that finishes with a picture ends after
-    its scale `finest_scale`, if given: attention is causal, so the coarser scales train as in the whole row. A column
-    that is None counts as absent.
+    its scale `finest_scale`, if given: attention is causal, so the coarser scales train as in the whole row. Pictures
+    that are not supervised end after the scale `finest_given_scale`, if given: a model then sees many of them for the
+    cost of a whole one. A column that is None counts as absent.
 
     Args:
         processor: the model's.
-        tokens_per_scale: the model's, `config.tokens_per_scale`; only rows with `finest_scale` need it.
+        tokens_per_scale: the model's, `config.tokens_per_scale`; only rows with one of the finest scales need it.
         max_length: longer rows are cut; None keeps them whole.
         packing: the rows of a batch form one sequence without padding. Position ids start anew with each row; this is
             what tells transformers, in the absence of an attention mask and of a cache (`use_cache=False`, as the
@@ -97,9 +98,8 @@ class PumaDataCollator:
     def _encode(self, row: Row) -> tuple[list[int], list[bool], list[bool]]:
         """Ids, which of them are supervised, and for each picture whether it is a target."""
         ids, supervised = self._encode_texts(row)
-        starts = [
-            i for i, (token, before) in enumerate(zip(ids, [None, *ids], strict=False)) if self._starts(token, before)
-        ]
+        self._shorten_given(ids, supervised, row.get("finest_given_scale"))
+        starts = self._image_starts(ids)
         given = len(row.get("image_features", row.get("images", [])))
         if given != len(starts):
             raise ValueError(f"the row's text holds {len(starts)} images but {given} were given: {_excerpt(row)}")
@@ -108,17 +108,32 @@ class PumaDataCollator:
         targets = [supervised[start] for start in starts if start < length]
         return ids[:length], supervised[:length], targets
 
-    def _starts(self, token: int, before: int | None) -> bool:
-        return token == self.processor.image_token_id and before != token
+    def _image_starts(self, ids: list[int]) -> list[int]:
+        is_image = [token == self.processor.image_token_id for token in ids]
+        return [i for i, here in enumerate(is_image) if here and not (i and is_image[i - 1])]
+
+    def _shorten_given(self, ids: list[int], supervised: list[bool], finest: int | None) -> None:
+        """Takes the scales finer than `finest` out of the pictures that are not supervised, in place."""
+        if not finest:
+            return
+        num_tokens = self._num_tokens(finest)
+        for start in reversed(self._image_starts(ids)):
+            if not supervised[start]:
+                left_out = slice(start + num_tokens, start + self.processor.image_seq_length)
+                del ids[left_out], supervised[left_out]
 
     def _end_at_scale(self, row: Row, starts: list[int]) -> int | None:
         """Where the row ends if it is to stop after a scale of its last picture, else None."""
         finest = row.get("finest_scale")
         if finest is None or finest == 0 or not starts:
             return None
+        return starts[-1] + self._num_tokens(finest)
+
+    def _num_tokens(self, finest: int) -> int:
+        """Of a picture down to scale `finest`."""
         if self.tokens_per_scale is None or not 0 <= finest < len(self.tokens_per_scale):
-            raise ValueError(f"finest_scale={finest} is no scale of tokens_per_scale={self.tokens_per_scale}")
-        return starts[-1] + sum(self.tokens_per_scale[finest:])
+            raise ValueError(f"finest scale {finest} is no scale of tokens_per_scale={self.tokens_per_scale}")
+        return sum(self.tokens_per_scale[finest:])
 
     def _encode_texts(self, row: Row) -> tuple[list[int], list[bool]]:
         """Ids of the row's texts, and which of them are supervised."""

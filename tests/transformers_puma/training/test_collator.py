@@ -81,6 +81,25 @@ def test_a_row_may_end_after_a_scale(collator, processor, picture, scale, tokens
     assert (ids[-1] == processor.tokenizer.eos_token_id) == (scale == 0)
 
 
+@pytest.mark.parametrize(("scale", "tokens"), [(2, 1), (1, 5), (0, IMAGE_LENGTH)])
+def test_given_pictures_may_end_after_a_scale(collator, processor, model, scale, tokens):
+    pictures = [make_picture(i) for i in range(3)]
+    row = {"prompt": "a<image>b<image>c", "completion": "d<image>", "images": pictures, "finest_given_scale": scale}
+    batch, whole = collator([row]), collator([{**row, "finest_given_scale": None}])
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    assert ids.count(processor.image_token_id) == 2 * tokens + IMAGE_LENGTH
+    image = processor.image_token_id
+    assert [i for i in ids if i != image] == [i for i in whole["input_ids"][0].tolist() if i != image]
+    assert [i for i in labels if i != -100] == [i for i in whole["labels"][0].tolist() if i != -100]
+    # The coarse scales are read as such: at the answer the model sees as much as if the others had not been there.
+    assert batch["image_loss_mask"].tolist() == [False, False, True]
+    with torch.no_grad():
+        first, changed = model(**batch), {**batch, "pixel_values": batch["pixel_values"].flip(0)}
+        assert not torch.allclose(first.logits[:, -2], model(**changed).logits[:, -2])
+        states = model.model(**{k: v for k, v in batch.items() if k != "labels"}).image_positions
+    assert states.offset[0][states.mask[0]].tolist() == [*range(tokens)] * 2 + [*range(IMAGE_LENGTH)]
+
+
 def test_long_rows_are_cut_with_their_pictures(processor, model, picture):
     collator = PumaDataCollator(processor, model.config.tokens_per_scale, max_length=12)
     row = {"prompt": "abc", "completion": "<image> and <image>", "images": [picture, make_picture(1)]}
