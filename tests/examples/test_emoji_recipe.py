@@ -115,6 +115,21 @@ def test_a_stage_that_fails_stops_the_run_and_says_why(tmp_path):
         train.run([broken], tmp_path, jobs=1)
 
 
+def test_a_stage_that_all_others_wait_for_has_all_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import os, sys, time; time.sleep(2); open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    )
+
+    def stage(name: str, *needs: str) -> train.Stage:
+        return train.Stage(name, str(script), [str(tmp_path / name)], tmp_path / name, needs)
+
+    train.run([stage("first"), stage("second", "first"), stage("third", "first")], tmp_path, jobs=2)
+    assert [(tmp_path / name).read_text() for name in ("first", "second", "third")] == ["8", "4", "4"]
+
+
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
     """Also when only the first run's own process was killed and a stage of it goes on."""
     sleeper = tmp_path / "sleeper.py"
