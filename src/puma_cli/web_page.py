@@ -13,7 +13,7 @@ from diffusers_puma import PumaPipeline
 from diffusers_puma.pipeline_puma import IMAGE_SCALE, TEXT_SCALE
 
 from .answering import AnswerOptions, answer, prepare, question_about
-from .errors import one_line
+from .errors import UserError, one_line
 from .options import MAX_SEED
 from .pictures import read_picture
 
@@ -51,9 +51,9 @@ def _draw_tab(pipe: PumaPipeline) -> None:
         gallery = gr.Gallery(label="Pictures", object_fit="contain", format="png")
 
     def draw(prompt, picture, scale, pictures, seed, steps, guidance):
-        if not prompt.strip():
-            raise _complaint("a prompt is needed: what to draw")
         with _complaints():
+            if not prompt.strip():
+                raise UserError("a prompt is needed: what to draw")
             given = [[read_picture(picture)]] if picture else None
             return _draw(pipe, scale, pictures, seed, steps, guidance, prompt=prompt, image=given)
 
@@ -69,9 +69,9 @@ def _reconstruct_tab(pipe: PumaPipeline) -> None:
         gallery = gr.Gallery(label="Pictures", object_fit="contain", format="png")
 
     def reconstruct(picture, scale, pictures, seed, steps, guidance):
-        if picture is None:
-            raise _complaint("a picture is needed")
         with _complaints():
+            if picture is None:
+                raise UserError("a picture is needed")
             return _draw(pipe, scale, pictures, seed, steps, guidance, image=read_picture(picture))
 
     button.click(reconstruct, [picture, *options], gallery, concurrency_id="model")
@@ -86,9 +86,9 @@ def _ask_tab(pipe: PumaPipeline) -> None:
         output = gr.Textbox(label="Answer")
 
     def ask(picture, question):
-        if picture is None or not question.strip():
-            raise _complaint("a picture and a question are needed")
         with _complaints():
+            if picture is None or not question.strip():
+                raise UserError("a picture and a question are needed")
             inputs = prepare(pipe.processor, question_about([read_picture(picture)], question))
             return answer(pipe.mllm, pipe.processor, inputs, AnswerOptions()).text
 
@@ -131,8 +131,4 @@ def _complaints() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise _complaint(one_line(error)) from error
-
-
-def _complaint(message: str) -> gr.Error:
-    return gr.Error(message, print_exception=False)
+        raise gr.Error(one_line(error), print_exception=False) from error
