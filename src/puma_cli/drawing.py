@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -26,12 +26,21 @@ def load_for(args: argparse.Namespace, model: ModelSource, default_scale: int) -
     return load_pipeline(model, scales, args.device, args.dtype)
 
 
-def draw(pipe: PumaPipeline, args: argparse.Namespace, **inputs: Any) -> Pictures:
-    """One call of the pipeline; options that were not given stay the pipeline's defaults."""
+class Sampling(Protocol):
+    """A command's arguments, or a request's fields; None is the pipeline's default, and of the seed a random one."""
+
+    scale: Any
+    seed: int | None
+    steps: int | None
+    guidance: float | None
+
+
+def draw(pipe: PumaPipeline, args: Sampling, **inputs: Any) -> Pictures:
+    """One call of the pipeline."""
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     given = {name: value for name, value in options.items() if value is not None}
     # Noise is drawn on the CPU, so that a seed gives the same picture on every device.
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
     with quiet_libraries():
         return pipe(**inputs, **given, scale=args.scale, generator=generator).images
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, Literal
 
-import torch
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -34,6 +33,7 @@ from transformers import BatchFeature
 from diffusers_puma import PumaPipeline
 
 from .answering import AnswerOptions, answer, prepare, read_messages, stream_answer
+from .drawing import draw
 from .errors import UserError, one_line
 from .options import MAX_SEED, scale_schedule_or_best
 from .pictures import decode_picture
@@ -118,22 +118,17 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
     if Path(name).is_dir():
         name = Path(name).resolve().name
 
-    def draw(request: DrawRequest, images: list[Image.Image]) -> dict[str, Any]:
+    def respond(request: DrawRequest, images: list[Image.Image]) -> dict[str, Any]:
         check_model(request.model)
-        inputs: dict[str, Any] = {"prompt": request.prompt, "scale": request.scale}
+        inputs: dict[str, Any] = {"prompt": request.prompt, "num_images_per_prompt": request.n}
         if images:
             inputs["image"] = [images]
         if request.scale == "best" and pipe.mllm is not None:
             inputs["scorer"] = caption_scorer(pipe.mllm, pipe.processor)
         if request.size is not None:
             inputs["width"], inputs["height"] = request.size
-        options = {"num_inference_steps": request.steps, "guidance_scale": request.guidance}
-        inputs |= {name: value for name, value in options.items() if value is not None}
-        if request.seed is not None:
-            # On the CPU, so that a seed gives the same picture on every device.
-            inputs["generator"] = torch.Generator().manual_seed(request.seed)
         with lock:
-            pictures = pipe(**inputs, num_images_per_prompt=request.n).images
+            pictures = draw(pipe, request, **inputs)
         if not isinstance(pictures, dict):
             data = [{"b64_json": _base64_png(picture)} for picture in pictures]
         else:
@@ -148,21 +143,21 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
     def generations(request: DrawRequest) -> dict[str, Any]:
         if request.prompt is None:
             raise UserError("prompt is required")
-        return draw(request, [])
+        return respond(request, [])
 
     @app.post("/v1/images/edits")
     def edits(form: Form) -> dict[str, Any]:
         request, images = form
         if request.prompt is None:
             raise UserError("prompt is required; /v1/images/variations takes pictures alone")
-        return draw(request, images)
+        return respond(request, images)
 
     @app.post("/v1/images/variations")
     def variations(form: Form) -> dict[str, Any]:
         request, images = form
         if request.prompt is not None or len(images) > 1:
             raise UserError("a variation is of one image, without a prompt; /v1/images/edits takes more")
-        return draw(request, images)
+        return respond(request, images)
 
     @app.post("/v1/chat/completions", response_model=None)
     def chat_completions(request: ChatRequest) -> dict[str, Any] | StreamingResponse:
