@@ -48,8 +48,9 @@ def make_rows(pipe: PumaPipeline, pictures: list[Image.Image]) -> list[dict[str,
         batch = pictures[start : start + 64]
         features = pipe.encode_image(batch)[0]
         drawings = pipe.image_processor.preprocess([cyanotype(picture) for picture in batch])
-        latents = pipe.vae.encode(drawings).latent_dist.mode() * pipe.vae.config.scaling_factor
-        rows += [{"latents": l, "features": f} for l, f in zip(latents, features, strict=True)]  # noqa: E741
+        latents = pipe.vae.encode(drawings.to(pipe.device)).latent_dist.mode() * pipe.vae.config.scaling_factor
+        pairs = zip(latents.cpu(), features.cpu(), strict=True)
+        rows += [{"latents": l, "features": f} for l, f in pairs]  # noqa: E741
     return rows
 
 

@@ -21,8 +21,9 @@ from build_dataset import load_emoji, to_uint8
 from datasets import Dataset
 from emoji_pictures import colour_of
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import HfArgumentParser, TrainingArguments
+
+from transformers_puma.training.checkpoints import ResumableTrainerMixin
 
 COLOURINGS = ("", " in grey", " in inverted colours")
 COLOURING_WEIGHTS = (0.90, 0.05, 0.05)
@@ -115,7 +116,7 @@ class GroupNumbers(torch.utils.data.Dataset):
         return {"group": group}
 
 
-class EmojiTrainer(Trainer):
+class EmojiTrainer(ResumableTrainerMixin):
     """Draws pictures of each batch's groups, and logs every number that the model returns beside its loss.
 
     All randomness is drawn in `compute_loss`, never in the data loader, which works ahead: so a resumed run equals one
@@ -148,20 +149,13 @@ class EmojiTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def last_complete_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint in `folder` that was written to its end: the trainer writes `trainer_state.json` last."""
-    complete = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
-    newest = max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-    return newest and str(newest)
-
-
-def run_stage(trainer: Trainer, out: str, save: Callable[[str], dict]) -> None:
+def run_stage(trainer: ResumableTrainerMixin, out: str, save: Callable[[str], dict]) -> None:
     """Trains to the end (resuming where there is a checkpoint) and writes `out`.
 
     `save(folder)` writes the trained part into `folder` and returns what was measured, which is kept in
     `training.json` with the losses of every logging step.
     """
-    result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    result = trainer.train(resume_from_checkpoint=True)
     if not trainer.is_world_process_zero():
         return
     partial = f"{out}.partial"

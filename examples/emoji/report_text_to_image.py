@@ -21,9 +21,9 @@ from measuring import (
 )
 
 from diffusers_puma.evaluation.lpips import lpips_distance
-from transformers_puma import PumaForConditionalGeneration, flatten_scales
+from transformers_puma import flatten_scales
 from transformers_puma.evaluation.runner import bootstrap_mean
-from transformers_puma.granularity import scale_of_position, split_scales
+from transformers_puma.evaluation.teacher_forcing import teacher_forced_features
 
 PART, FEATURES_PART = "text_to_image", "features"
 TRUE, BEST_SCALE, BEST_SEED = "true picture", "best of the scales", "best of five seeds at scale 3"
@@ -88,32 +88,6 @@ def sheet(bench: Bench, result: dict, count: int = SHOWN):
     return bench.sheet(PART, labels, result["prompts"][:count], min(count, result["samples"]))
 
 
-@torch.no_grad()
-def teacher_forced(
-    model: PumaForConditionalGeneration, inputs: dict, features: torch.Tensor, noise: list[torch.Generator]
-) -> Features:
-    """What the model writes at each position when the true features (B, S, C) stand before it."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    length = features.shape[1]
-    ids = torch.cat([ids, ids.new_full((len(ids), length), model.config.image_token_id)], dim=1)
-    mask = torch.cat([mask, mask.new_ones(len(ids), length)], dim=1)
-    hidden = model.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        image_features=features,
-        image_loss_mask=torch.ones(len(ids), dtype=torch.bool),
-    ).last_hidden_state
-    is_autoregressive = model.config.image_decoding == "autoregressive"
-    states = hidden[:, -length - 1 : -1] if is_autoregressive else hidden[:, -length:]
-    counts, start = model.config.tokens_per_scale, None
-    if model.config.image_head == "flow":  # drawn as generation does it
-        draws = [[torch.randn(k, features.shape[2], generator=g) for g in noise] for k in reversed(counts)]
-        start = torch.cat([torch.stack(scale) for scale in draws], dim=1).to(states.device)
-    scales = scale_of_position(counts).to(states.device)
-    return split_scales(model.image_head.predict(states, scales, start, model.config.flow_num_steps), counts)
-
-
 def feature_errors(written: Features, true: Features, mean: Features) -> dict[str, torch.Tensor]:
     """Squared error of each sample, over that of the mean training feature: {"error 4": (B,), "variance 4": ..}."""
     scores = {}
@@ -132,7 +106,8 @@ def measure_features(bench: Bench, samples: list[dict], with_pictures: bool) -> 
     free = pipe.generate_image_features(captions, None, 0, generators(samples, SEEDS[0]))
     inputs = pipe.processor.prepare_generation(captions, None).to(pipe.device)
     noise = generators(samples, SEEDS[0])
-    forced = teacher_forced(pipe.mllm, inputs, flatten_scales(true), noise)
+    feature_noise = pipe.mllm.draw_feature_noise(len(captions), 0, noise, pipe.device)
+    forced = teacher_forced_features(pipe.mllm, **inputs, target_features=flatten_scales(true), noise=feature_noise)
     trained = [{**sample, "row": sample["train_row"]} for sample in samples]
     seen, _, seen_captions = shown_and_said(bench, "train", trained)
     seen_free = pipe.generate_image_features(seen_captions, None, 0, generators(samples, SEEDS[0]))

@@ -65,6 +65,15 @@ class PumaConfig(PreTrainedConfig):
 
     model_type = "puma"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    # What an evaluation by the Trainer does not gather: of the outputs, only logits have one row for each of a batch.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "text_loss",
+        "image_loss",
+        "scale_losses",
+        "image_features",
+    ]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -97,7 +106,11 @@ class PumaConfig(PreTrainedConfig):
     def _validate_puma(self):
         if self.text_config.is_encoder_decoder:
             raise ValueError(f"text_config is of an encoder-decoder ({self.text_config.model_type}), not decoder-only")
-        if not hasattr(self.vision_config, "patch_size"):
+        if self.text_config.get_text_config() is not self.text_config:
+            raise ValueError(
+                f"text_config is of a model of several parts ({self.text_config.model_type}): give its text part"
+            )
+        if self.vision_config.model_type != CLIP_L14["model_type"]:
             raise ValueError(f"vision_config is of type {self.vision_config.model_type}, not of a CLIP vision model")
         if self.num_location_tokens < 0:
             raise ValueError(f"num_location_tokens={self.num_location_tokens} must not be negative")

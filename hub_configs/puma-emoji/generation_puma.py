@@ -78,8 +78,9 @@ class PumaGenerationMixin(GenerationMixin):
         counts = self.config.tokens_per_scale
         passes = decoding_passes(self.config.image_decoding, counts, scale)
         scales = scale_of_position(counts).to(input_ids.device)
-        noise = self._feature_noise(len(input_ids), scale, generator, input_ids.device)
-        features = self.model.projector.weight.new_zeros(len(input_ids), 0, self.config.vision_config.hidden_size)
+        noise = self.draw_feature_noise(len(input_ids), scale, generator, input_ids.device)
+        shape = len(input_ids), 0, self.config.vision_config.hidden_size
+        features = torch.zeros(shape, dtype=self.dtype, device=input_ids.device)
 
         is_padded = attention_mask is not None and not attention_mask.all()
         if is_padded:
@@ -130,6 +131,7 @@ class PumaGenerationMixin(GenerationMixin):
         if pixel_values is not None:
             image_features = flatten_scales(self.encode_image(pixel_values))
         if image_features is None:
+            self._check_no_images(input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
             positions = ImagePositions.find(input_ids, self.config.image_token_id)
         else:
@@ -137,20 +139,25 @@ class PumaGenerationMixin(GenerationMixin):
         is_blockwise = self.config.image_decoding == "next_scale"
         return inputs_embeds, positions.scale_blocks(self.config.tokens_per_scale) if is_blockwise else None
 
-    def _feature_noise(
+    def draw_feature_noise(
         self, num_rows: int, scale: int, generator: Generators, device: torch.device
     ) -> torch.Tensor | None:
-        """(B, sum of k_i, C) unit noise for a flow head, drawn scale by scale: a finer `scale` changes no other's."""
+        """(B, sum of k_i, C) unit noise for a flow head, drawn scale by scale: a finer `scale` changes no other's, nor
+        what is left of the generators. None for a head that takes no noise.
+
+        Args:
+            generator: as of `generate_image_features`.
+        """
         if self.config.image_head != "flow":
             return None
         channels = self.config.vision_config.hidden_size
-        generators = generator if isinstance(generator, list) else [generator]
+        generators = [_split(g, device) for g in (generator if isinstance(generator, list) else [generator])]
         rows = num_rows // len(generators)
         parts = [
             torch.cat(
                 [
                     # On the generator's own device: the same seed gives the same noise on any.
-                    torch.randn(rows, count, channels, generator=g, device=g.device if g else device).to(device)
+                    torch.randn(rows, count, channels, generator=g, device=g.device).to(device)
                     for g in generators
                 ]
             )
@@ -182,7 +189,7 @@ class PumaGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: `num_beams`, `num_return_sequences` or an assistant model, which would reorder rows; another
-                number of generators than rows.
+                number of generators than rows; another number of images than in the prompts.
         """
         for name in ("num_beams", "num_return_sequences", "assistant_model"):
             if generate_kwargs.get(name) not in (None, 1):
@@ -214,10 +221,13 @@ class PumaGenerationMixin(GenerationMixin):
         budget: int,
     ) -> list["_Row"]:
         given = flatten_scales(self.encode_image(pixel_values)) if pixel_values is not None else input_ids.new_zeros(0)
+        counts = self._image_counts(input_ids)
+        if sum(counts) != len(given):
+            raise ValueError(f"the text holds {sum(counts)} images, but {len(given)} were given")
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return [
             _Row(ids[mask.bool()], list(features), [False] * len(features), budget)
-            for ids, mask, features in zip(input_ids, kept, given.split(self._image_counts(input_ids)), strict=True)
+            for ids, mask, features in zip(input_ids, kept, given.split(counts), strict=True)
         ]
 
     def _draw(self, rows: list["_Row"], generator: Generators):
@@ -241,8 +251,9 @@ class PumaGenerationMixin(GenerationMixin):
 
     def _write(self, rows: list["_Row"], generate_kwargs: dict):
         """Text for each row, until it ends, opens an image or has used up its budget."""
-        eos = self.generation_config.eos_token_id
+        eos = generate_kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         stops = [*(eos if isinstance(eos, list) else [] if eos is None else [eos]), self.config.image_start_token_id]
+        own = [self.config.image_token_id, self.config.image_end_token_id]
         inputs = self._batch(rows)
         sequences = self.generate(
             **inputs,
@@ -253,21 +264,22 @@ class PumaGenerationMixin(GenerationMixin):
                 "max_new_tokens": max(row.budget for row in rows),
                 "eos_token_id": stops,
                 "pad_token_id": self._pad_id(),
-                "suppress_tokens": [self.config.image_token_id, self.config.image_end_token_id],
+                "suppress_tokens": [*(generate_kwargs.get("suppress_tokens") or []), *own],
                 "return_dict_in_generate": False,
             },
         )
         for row, ids in zip(rows, sequences[:, inputs["input_ids"].shape[1] :], strict=True):
             ids = ids[: row.budget]
             ends = torch.isin(ids, ids.new_tensor(stops)).nonzero()
-            if len(ends):
-                ids = ids[: ends[0] + 1]
+            # A row that a stopping criterion ends before the others is padded.
+            padding = (ids.flip(0) != self._pad_id()).int().argmax()
+            ids = ids[: ends[0] + 1 if len(ends) else len(ids) - padding]
             row.append(ids)
             is_drawing = ids[-1] == self.config.image_start_token_id
             text = ids[:-1] if is_drawing else ids
             if len(text):
                 row.segments.append(text)
-            if len(ends) and not is_drawing:
+            if not is_drawing:
                 row.budget = 0
 
     def _batch(self, rows: list["_Row"]) -> dict[str, torch.Tensor]:
@@ -297,7 +309,13 @@ class PumaGenerationMixin(GenerationMixin):
         """Stock inputs; images that come as features are read once, as pixels are."""
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs = {name: kwargs[name] for name in kwargs.keys() - {"image_features", "image_loss_mask"}}
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        # The encoder's outputs come as a dict, empty without images.
+        given = (inputs.get("pixel_values"), inputs.get("image_features"), inputs.get("mm_encoder_outputs") or None)
+        has_images = any(images is not None for images in given)
+        if is_first_iteration and not has_images and inputs.get("input_ids") is not None:
+            self._check_no_images(inputs["input_ids"])
+        return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Rows for beams or several answers, each copy with all pictures of its row.
@@ -315,10 +333,25 @@ class PumaGenerationMixin(GenerationMixin):
         )
         return input_ids, model_kwargs | images
 
+    def _check_no_images(self, input_ids: torch.LongTensor):
+        """Raises a ValueError if there are placeholders, which nothing would fill."""
+        if num_images := sum(self._image_counts(input_ids)):
+            raise ValueError(
+                f"the text holds {num_images} images, but 0 were given (each prompt is read whole: prefill_chunk_size "
+                "does not work with images)"
+            )
+
     def _image_counts(self, input_ids: torch.LongTensor) -> list[int]:
         """How many images each row holds."""
         positions = ImagePositions.find(input_ids, self.config.image_token_id)
         return (positions.mask & (positions.offset == 0)).sum(dim=1).tolist()
+
+
+def _split(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """A generator that is seeded by one draw from another, or from the global random state of a device."""
+    device = device if generator is None else generator.device
+    seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+    return torch.Generator(device).manual_seed(seed.item())
 
 
 def _check_generators(generator: Generators, num_rows: int):

@@ -102,12 +102,14 @@ class PumaModel(PumaPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=self.read_states(features))
 
     def _project(self, features: torch.Tensor) -> torch.Tensor:
-        return self.projector(features.to(self.projector.weight.dtype))
+        return self.projector(features.to(self.projector.bias.dtype))  # the weight may be quantised
 
     def read_states(self, features: torch.Tensor) -> torch.Tensor:
         """(n, S, C) -> (n, S, H), what is fed of images that are given, see `image_decoding_puma`."""
         states = self._project(features)
-        return states if self.config.image_decoding == "autoregressive" else states + self.image_queries.weight
+        if self.config.image_decoding == "autoregressive":
+            return states
+        return states + self.image_queries(torch.arange(self.config.image_seq_length, device=features.device))
 
     def written_states(self, features: torch.Tensor, positions: slice) -> torch.Tensor:
         """What is fed at some positions of images that are being written, see `image_decoding_puma`.
@@ -209,8 +211,8 @@ class PumaModel(PumaPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; images without `input_ids` or from more
-                than one source; a number of images that differs from the runs of placeholders or from
-                `image_loss_mask`; an attention implementation that cannot do what `image_decoding` needs.
+                than one source; if any are given, a number of images that differs from the runs of placeholders or
+                from `image_loss_mask`; an attention implementation that cannot do what `image_decoding` needs.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -221,6 +223,8 @@ class PumaModel(PumaPreTrainedModel):
             raise ValueError("images must come from one of pixel_values, image_features and mm_encoder_outputs")
         if sources and inputs_embeds is not None:
             raise ValueError("images are placed by their placeholders in input_ids, but only inputs_embeds was given")
+        if encoded is not None and encoded.last_hidden_state is None:
+            raise ValueError("mm_encoder_outputs has no last_hidden_state: expected what get_image_features returns")
 
         if pixel_values is not None:
             image_features = flatten_scales(self.encode_image(pixel_values))
@@ -351,7 +355,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         image_features: torch.Tensor | None = None,
         feature_noise: float = 0.0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PumaCausalLMOutputWithPast:
@@ -362,7 +366,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             image_loss_mask: (n,) bool, images that are regression targets; without it none is.
             num_text_items, num_image_items: supervised text and image tokens of the global batch, the two
                 denominators of the loss; by default those of this batch.
-            logits_to_keep: logits for the last that many positions only; 0 for all.
+            logits_to_keep: logits for the last that many positions only, or for the positions in a tensor; 0 for all.
             skip_logits: no logits but those that the loss needs: most positions of an image have no label, and with a
                 large vocabulary their logits are most of the memory. `logits` is then None.
         """
@@ -382,7 +386,8 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        logits = None if skip_logits else self.lm_head(hidden_states[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = None if skip_logits else self.lm_head(hidden_states[:, kept])
 
         result = PumaCausalLMOutputWithPast(
             logits=logits,
@@ -393,10 +398,11 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         )
         if labels is not None:
             supervised, targets = labels[:, 1:] != -100, labels[:, 1:]
-            if skip_logits:
-                text_logits = self.lm_head(hidden_states[:, :-1][supervised])
-            else:
+            has_all_logits = logits is not None and logits.shape[1] == hidden_states.shape[1]
+            if has_all_logits:
                 text_logits = logits[:, :-1][supervised]
+            else:
+                text_logits = self.lm_head(hidden_states[:, :-1][supervised])
             result.text_loss = text_loss(text_logits, targets[supervised], num_text_items)
             result.image_loss, result.scale_losses = self._image_loss(outputs, image_loss_mask, num_image_items)
             result.loss = (

@@ -5,7 +5,8 @@ channels, h x w latent size.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -100,21 +101,33 @@ class DecoderStageMixin:
         # Some schedulers are deterministic and take no generator.
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
-                self._current_scale = scale_at(schedule, step, len(self.scheduler.timesteps))
-                bar.set_postfix_str(f"scale {self.current_scale}", refresh=False)
-                noise = self._predict_noise(latents, timestep, states[self.current_scale], guidance_scale)
+        timesteps = self.scheduler.timesteps
+        with self.progress_bar(total=len(timesteps)) as bar, self._decoding():
+            for step, timestep in enumerate(timesteps):
+                scale = scale_at(schedule, step, len(timesteps))
+                if scale != self.current_scale:
+                    self._current_scale = scale
+                    bring_in(self, self._unet(scale))
+                    bar.set_postfix_str(f"scale {scale}", refresh=False)
+                noise = self._predict_noise(latents, timestep, states[scale], guidance_scale)
                 latents = self.scheduler.step(noise, timestep, latents, **step_kwargs).prev_sample
                 bar.update()
                 if callback is not None:
-                    tensors = {"latents": latents, "encoder_hidden_states": states[self.current_scale]}
+                    tensors = {"latents": latents, "encoder_hidden_states": states[scale]}
                     changed = callback(self, step, timestep, {name: tensors[name] for name in callback_tensors})
                     latents = changed.get("latents", latents)
-                    states[self.current_scale] = changed.get("encoder_hidden_states", tensors["encoder_hidden_states"])
+                    states[scale] = changed.get("encoder_hidden_states", states[scale])
                 if self.interrupt:
                     break
         return latents
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Afterwards no scale is being decoded, however it ended."""
+        try:
+            yield
+        finally:
+            self._current_scale = None
 
     def _predict_noise(
         self, latents: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor, guidance_scale: float

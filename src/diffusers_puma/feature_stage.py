@@ -27,6 +27,7 @@ class FeatureStageMixin:
 
     _black_features: tuple[torch.nn.Module, Features] | None = None
 
+    @torch.no_grad()
     def encode_image(self, images: list[Image.Image]) -> Features:
         """Features `{scale: (n, k, C)}` of n pictures at all scales of the encoder, without the language model."""
         if self.processor is not None:

@@ -68,13 +68,17 @@ def fetch_lora_state_dict(
 def bring_in(pipeline: DiffusionPipeline, module: nn.Module) -> torch.device:
     """Makes one component of a pipeline ready to run and returns the device that its inputs belong on.
 
-    With model offload it comes in alone. By themselves accelerate's hooks move a model only when its `forward` is
+    With group offload the weights that the model itself holds come in, those of its blocks by their own hooks. With
+    model offload it comes in alone. By themselves accelerate's hooks move a model only when its `forward` is
     called, which methods such as `generate` reach too late, and send back only the neighbour in
     `model_cpu_offload_seq`, which is the wrong one when a pipeline runs some of its decoders.
     """
     for offload in getattr(pipeline, "_all_hooks", []):
         if offload.model is not module:
             offload.offload()
+    hooks = getattr(module, "_diffusers_hook", None)
+    if hooks is not None and (offloading := hooks.get_hook("group_offloading")) is not None:
+        offloading.group.onload_()
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         return pipeline._execution_device

@@ -62,17 +62,17 @@ def as_scales(scale: Any, decoders: list[int], available: list[int], default: in
         return [min(available, key=lambda candidate: (abs(candidate - default), candidate))]
     if isinstance(scale, str) and scale in ("all", "best"):
         return available
-    scales = list(dict.fromkeys(scale)) if isinstance(scale, (list, tuple, range)) else [scale]
+    scales = list(scale) if isinstance(scale, (list, tuple, range)) else [scale]
     if not scales:
         raise ValueError("scale is an empty list")
     for item in scales:
-        if not isinstance(item, int) or not 0 <= item < NUM_SCALES:
+        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < NUM_SCALES:
             raise ValueError(f"scale must be 0..{NUM_SCALES - 1}, a list of these, 'all' or 'best', got {item!r}")
         if item not in decoders:
             raise ValueError(f"scale {item} has no decoder here: unet_{item} is absent, there are scales {decoders}")
         if item not in available:
             raise ValueError(f"there are no features of scale {item}, only of scales {available}")
-    return scales
+    return list(dict.fromkeys(scales))
 
 
 def is_schedule(scale: Any) -> bool:
@@ -90,6 +90,8 @@ def as_schedules(scale: Any, decoders: list[int], available: list[int], default:
     if not all(isinstance(item, (list, tuple)) and len(item) == 2 for item in scale):
         raise ValueError(f"a schedule is a list of (until, scale), got {scale!r}")
     untils = [until for until, _ in scale]
+    if not all(isinstance(until, (int, float)) for until in untils):
+        raise ValueError(f"the fractions of a schedule must be numbers, got {scale!r}")
     if not all(a < b for a, b in zip([0, *untils], untils, strict=False)) or untils[-1] != 1:
         raise ValueError(f"the fractions of a schedule must rise from above 0 to 1.0, got {scale!r}")
     as_scales([item for _, item in scale], decoders, available, default)
@@ -126,6 +128,8 @@ def check_features(
     for scale, expected in shapes.items():
         if scale not in features:
             raise ValueError(f"{name} holds scales {sorted(features)}, but scale {scale} is to be decoded")
+        if not isinstance(features[scale], torch.Tensor):
+            raise ValueError(f"{name}[{scale}] must be a tensor, got a {type(features[scale]).__name__}")
         shape = tuple(features[scale].shape)
         if len(shape) != 3 or shape[0] not in batch_sizes or shape[1:] != expected:
             rows = " or ".join(map(str, sorted(batch_sizes)))
@@ -135,8 +139,8 @@ def check_features(
 def check_size(height: int, width: int, factor: int) -> None:
     """Raises `ValueError` for a picture size (pixels) that a VAE which shrinks by `factor` cannot make."""
     for name, value in (("height", height), ("width", width)):
-        if value <= 0 or value % factor:
-            raise ValueError(f"{name} must be a positive multiple of {factor}, got {value}")
+        if not isinstance(value, int) or value <= 0 or value % factor:
+            raise ValueError(f"{name} must be a positive multiple of {factor}, got {value!r}")
 
 
 def check_at_least_one(value: int, name: str) -> None:
@@ -150,6 +154,8 @@ def check_noise(
     latents_shape: tuple[int, int, int, int],
 ) -> None:
     """Raises `ValueError` for generators that are not one per picture, or start latents of another shape."""
+    if generator is not None and not isinstance(generator, (torch.Generator, list)):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, got a {type(generator).__name__}")
     if isinstance(generator, list) and len(generator) != latents_shape[0]:
         raise ValueError(
             f"got a list of {len(generator)} generators for {latents_shape[0]} images "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from transformers import CLIPVisionModel
@@ -185,7 +186,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             return_dict: False returns the fields of the output as a tuple.
             callback_on_step_end: `callback(pipe, step, timestep, tensors)` after each denoising step returns a dict
                 of tensors to go on with, as in diffusers; `pipe.current_scale` tells the scale.
-            callback_on_step_end_tensor_inputs: which of `latents` and `encoder_hidden_states` it gets.
+            callback_on_step_end_tensor_inputs: which of `latents` and `encoder_hidden_states` it gets; a
+                `PipelineCallback` of diffusers says so itself.
             scorer: `scorer(images, prompt)` -> one number per image, the higher the better.
 
         Raises:
@@ -206,6 +208,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         shape = self._latents_shape(min(scales), batch_size * num_images_per_prompt, height, width)
         check_noise(generator, latents, shape)
         check_output_type(output_type)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         check_names(
             callback_on_step_end_tensor_inputs, self._callback_tensor_inputs, "callback_on_step_end_tensor_inputs"
         )
@@ -306,7 +310,6 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             yield schedule
             if self.interrupt:
                 break
-        self._current_scale = None
 
     def _postprocess(self, batch: torch.Tensor, output_type: str) -> Any:
         return batch if output_type == "latent" else self.image_processor.postprocess(batch, output_type)

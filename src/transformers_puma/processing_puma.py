@@ -73,7 +73,8 @@ def add_puma_tokens(tokenizer: PreTrainedTokenizerBase, num_location_tokens: int
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     known = tokenizer.get_vocab()
-    tokenizer.add_special_tokens({"extra_special_tokens": tokens})
+    # Those that the tokenizer has already (ends of turns, say) stay special.
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
     return sum(token not in known for token in tokens)
 
 
@@ -99,7 +100,8 @@ class PumaProcessor(ProcessorMixin):
         self.num_location_tokens = num_location_tokens
         self.image_token = IMAGE_TOKEN
         vocabulary = tokenizer.get_vocab()
-        for token in (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN, location_token(num_location_tokens - 1)):
+        last_location = map(location_token, range(num_location_tokens)[-1:])
+        for token in (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN, *last_location):
             if token not in vocabulary:
                 raise ValueError(f"the tokenizer has no token {token!r}: prepare it with add_puma_tokens")
         self.image_start_token_id = vocabulary[IMAGE_START_TOKEN]
@@ -118,7 +120,7 @@ class PumaProcessor(ProcessorMixin):
         """Each `<image>` in a text takes the next image and becomes `[IMG]`, placeholders and `[/IMG]`.
 
         Args:
-            images: a picture, a list of them, or a list for each text.
+            images: a picture (or its path or URL), a list of them, or a list for each text.
             text: one text or a batch.
             generation_mode: `"image"` ends each text with `[IMG]`, so that the model draws next.
             boxes: for each text (for one text: directly) its boxes, (x_min, y_min, x_max, y_max) in pixels of the
@@ -134,6 +136,8 @@ class PumaProcessor(ProcessorMixin):
         """
         if generation_mode not in ("text", "image"):
             raise ValueError(f"generation_mode={generation_mode!r} must be 'text' or 'image'")
+        if images is not None:
+            images = self.image_processor.fetch_images(images)
         if text is not None:
             is_batch = not isinstance(text, str)
             texts = list(text) if is_batch else [text]
@@ -370,7 +374,7 @@ class PumaProcessor(ProcessorMixin):
 
     def _shield(self, text: str) -> str:
         """Wraps what would become a special token, for `_encode_shielded`."""
-        special = "|".join(re.escape(token) for token in [*self.tokenizer.all_special_tokens, SHIELD[0]])
+        special = "|".join(re.escape(token) for token in [*self._special_tokens().values(), SHIELD[0]])
         return re.sub(special, lambda match: f"{SHIELD[0]}{match[0]}{SHIELD[1]}", text)
 
     def _encode_shielded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
@@ -390,11 +394,16 @@ class PumaProcessor(ProcessorMixin):
             position += len(piece) + (len(SHIELD) if i % 2 else 0)
         return ids, inside
 
+    def _special_tokens(self) -> dict[int, str]:
+        """All special tokens by their ids: also those that only the tokenizer's file marks as such, as Llama 3 has its
+        ends of turns, which `all_special_tokens` leaves out."""
+        return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
     def decode_answers(self, sequences: torch.LongTensor, prompt_length: int) -> list[str]:
         """Texts that `generate` wrote after prompts of `prompt_length`, without special tokens other than
         locations."""
         locations = {self.tokenizer.convert_tokens_to_ids(location_token(i)) for i in range(self.num_location_tokens)}
-        dropped = set(self.tokenizer.all_special_ids) - locations
+        dropped = self._special_tokens().keys() - locations
         answers = [[i for i in row if i not in dropped] for row in sequences[:, prompt_length:].tolist()]
         return [self.tokenizer.decode(answer).strip() for answer in answers]
 

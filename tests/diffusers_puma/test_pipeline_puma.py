@@ -16,11 +16,14 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from diffusers_puma import PumaPipeline, PumaPipelineOutput
 from transformers_puma import PumaImageProcessor, multigranular_features
+
+from .conftest import make_language_model
 
 TOKENS = [256, 64, 16, 4, 1]
 
@@ -101,6 +104,10 @@ class TestDecoding:
         assert projected == {scale: [(3, tokens, 32)] for scale, tokens in enumerate(TOKENS)}
         draw(decoder_pipeline, image=pictures[0], scale=4)
         assert encoded[2:] == [(1, 3, 32, 32)], "the black picture is encoded once per pipeline"
+
+    def test_features_hold_no_graph(self, decoder_pipeline, pictures):
+        features = [decoder_pipeline.encode_image(pictures), decoder_pipeline.black_image_features()]
+        assert not any(feature.requires_grad for scales in features for feature in scales.values())
 
     def test_another_encoder_encodes_the_black_picture_anew(self, decoder_pipeline):
         before = decoder_pipeline.black_image_features()
@@ -262,6 +269,28 @@ class TestCallbacks:
         assert all(not value.any() for value in latents.values())
         assert decoder_pipeline.current_scale is None
 
+    def test_a_callback_of_diffusers_says_what_it_takes(self, decoder_pipeline, pictures):
+        seen = []
+
+        class Watch(PipelineCallback):
+            tensor_inputs = ["encoder_hidden_states"]
+
+            def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+                seen.append(list(callback_kwargs))
+                return callback_kwargs
+
+        for callback in (Watch(), MultiPipelineCallbacks([Watch()])):
+            decoder_pipeline(image=pictures[0], scale=4, callback_on_step_end=callback)
+        assert seen == [["encoder_hidden_states"]] * 6
+
+    def test_a_callback_that_fails_leaves_no_scale_behind(self, decoder_pipeline, pictures):
+        def fail(*args):
+            raise KeyError("enough")
+
+        with pytest.raises(KeyError):
+            decoder_pipeline(image=pictures[0], scale=2, callback_on_step_end=fail)
+        assert decoder_pipeline.current_scale is None
+
     def test_interrupt_ends_the_call(self, decoder_pipeline, pictures):
         calls = count_calls(decoder_pipeline.unet_0)
 
@@ -286,6 +315,14 @@ class TestCallbacks:
 
 
 class TestLanguageModel:
+    @pytest.mark.parametrize("seed", [0, [0]], ids=["one generator", "a list"])
+    def test_a_scale_of_sampled_features_does_not_depend_on_the_others(self, full_pipeline, seed):
+        flow = {"image_head": "flow", "flow_width": 8, "flow_num_layers": 1, "flow_num_steps": 2}
+        full_pipeline.mllm = make_language_model(full_pipeline.processor, image_decoding="next_scale", **flow)
+        torch.nn.init.normal_(full_pipeline.mllm.image_head.out_proj.weight)
+        several = draw(full_pipeline, "a", scale=[3, 1], seed=seed)
+        torch.testing.assert_close(draw(full_pipeline, "a", scale=3, seed=seed), several[3], atol=1e-5, rtol=0)
+
     def test_one_pass_for_all_scales_and_seeds(self, full_pipeline):
         encoder, passes = count_calls(full_pipeline.mllm.model.vision_tower), count_calls(full_pipeline.mllm.model)
         output = full_pipeline(["a cat", "a dog"], scale="all", num_images_per_prompt=2)
@@ -397,6 +434,29 @@ class TestOffload:
             assert places == {other: "cpu:0" if other == name else "cpu" for other in self.names}
         assert set(self.places(full_pipeline).values()) == {"cpu"}
 
+    def test_a_schedule_has_one_decoder_in_at_a_time(self, full_pipeline, pictures):
+        options = {"scale": [(0.4, 4), (1.0, 2)]}
+        expected = draw(full_pipeline, "a", pictures[0], **options)
+        events = self.watch(full_pipeline)
+        full_pipeline.enable_model_cpu_offload(device="cpu")
+        torch.testing.assert_close(draw(full_pipeline, "a", pictures[0], **options), expected, atol=0, rtol=0)
+        for name in ("unet_4", "unet_2"):
+            running = [places for used, places in events if used == name]
+            # The first event is the projection of the features; both are projected before the first step.
+            assert running and all(place == "cpu" for other, place in running[-1].items() if other != name)
+
+    @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+    def test_group_offload(self, full_pipeline, pictures, kind, tmp_path):
+        """With weights on disk: what a hook has not brought in is empty."""
+        expected = draw(full_pipeline, "a", pictures[0], scale=0)
+        where = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        full_pipeline.unet_0.enable_group_offload(
+            **where, offload_type=kind, offload_to_disk_path=str(tmp_path), **blocks
+        )
+        result = draw(full_pipeline, "a", pictures[0], scale=0)
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
     def test_question(self, full_pipeline, pictures):
         expected = full_pipeline.ask(pictures[0], "What?", max_new_tokens=3)
         events = self.watch(full_pipeline)
@@ -429,6 +489,12 @@ class TestErrors:
             ({"prompt": "a", "scale": "finest"}, "scale must be 0..4.*got 'finest'"),
             ({"prompt": "a", "scale": [3, 2.5]}, "scale must be 0..4.*got 2.5"),
             ({"prompt": "a", "scale": []}, "scale is an empty list"),
+            ({"prompt": "a", "scale": True}, "scale must be 0..4.*got True"),
+            ({"prompt": "a", "scale": [{}]}, "scale must be 0..4.*got {}"),
+            ({"prompt": "a", "scale": [("0.4", 3), (1.0, 0)]}, "fractions of a schedule must be numbers"),
+            ({"prompt": "a", "height": 16.0}, "height must be a positive multiple of 2, got 16.0"),
+            ({"prompt": "a", "generator": tuple(seeds(0))}, "generator must be a torch.Generator or a list.*tuple"),
+            ({"image_features": {3: [[1.0]]}}, r"image_features\[3\] must be a tensor, got a list"),
             (
                 {"prompt": "a", "scale": 1},
                 r"scale 1 has no decoder here: unet_1 is absent, there are scales \[0, 2, 3, 4\]",

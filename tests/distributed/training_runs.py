@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -124,6 +125,11 @@ def zero3(folder: Path) -> None:
     assert dist.get_world_size() == trainer.accelerator.num_processes == WORLD_SIZE
     assert trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3
     assert all(parameter.ds_tensor.numel() < parameter.ds_numel for parameter in trainer.model.parameters())
+    # A weight that is no number is seen by all processes, whichever has it.
+    if trainer.is_world_process_zero():
+        trainer.model.model.projector.weight.ds_tensor.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="projector.weight is not finite"):
+        trainer._check_weights()
 
 
 if __name__ == "__main__":

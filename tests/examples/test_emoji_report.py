@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from diffusers_puma import PumaPipeline
 from transformers_puma import flatten_scales
 from transformers_puma.evaluation.runner import read_rows
+from transformers_puma.evaluation.teacher_forcing import teacher_forced_features
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "emoji"))
 
@@ -190,7 +191,8 @@ def test_teacher_forcing_with_what_the_model_wrote_gives_what_it_wrote(data, dec
     prompts, samples = ["red in round style", "blue"], numbered([{}, {}])
     free = pipe.generate_image_features(prompts, None, 0, generators(samples, 0))
     inputs = pipe.processor.prepare_generation(prompts, None)
-    forced = report_text_to_image.teacher_forced(pipe.mllm, inputs, flatten_scales(free), generators(samples, 0))
+    noise = pipe.mllm.draw_feature_noise(len(prompts), 0, generators(samples, 0), pipe.device)
+    forced = teacher_forced_features(pipe.mllm, **inputs, target_features=flatten_scales(free), noise=noise)
     for scale, written in free.items():
         torch.testing.assert_close(forced[scale], written, atol=1e-4, rtol=1e-3)
     cost = compare_decodings.measure_cost(pipe, "red", repeats=1)

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from accelerate import cpu_offload
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from transformers_puma import flatten_scales
 
@@ -182,3 +184,78 @@ def test_interleaved_generation_searches_greedily_whatever_the_models_settings(d
         assert torch.equal(interleave(drawing_model, processor, ["a"]).sequences, expected)
     finally:
         drawing_model.generation_config.num_beams = None
+
+
+class AfterTokens(StoppingCriteria):
+    """Ends a row after so many tokens."""
+
+    def __init__(self, lengths):
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] >= self.lengths
+
+
+@torch.no_grad()
+def test_a_stopping_criterion_ends_a_row_of_interleaved_generation(processor):
+    model = make_model(processor)
+    model.lm_head.weight[[processor.image_start_token_id, model.config.text_config.eos_token_id]] = 0
+    inputs = processor(text=["ab", "cd"], return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    criteria = StoppingCriteriaList([AfterTokens([length + 2, length + 5])])
+    expected = model.generate_interleaved(**inputs, do_sample=False, max_new_tokens=5)
+    output = model.generate_interleaved(**inputs, do_sample=False, max_new_tokens=9, stopping_criteria=criteria)
+    assert [[len(text) for text in row] for row in output.segments] == [[2], [5]]
+    for ours, theirs in zip(output.segments, expected.segments, strict=True):
+        assert torch.equal(ours[0], theirs[0][: len(ours[0])])
+
+
+@torch.no_grad()
+def test_interleaved_generation_takes_ends_and_forbidden_tokens(model, processor):
+    inputs = processor(text="ab", return_tensors="pt")
+    [[text]] = model.generate_interleaved(**inputs, do_sample=False, max_new_tokens=3).segments
+    forbidden = text[0].item()
+    [[other]] = model.generate_interleaved(
+        **inputs, do_sample=False, max_new_tokens=3, suppress_tokens=[forbidden]
+    ).segments
+    assert forbidden not in other.tolist()
+    [[ended]] = model.generate_interleaved(
+        **inputs, do_sample=False, max_new_tokens=3, eos_token_id=forbidden
+    ).segments
+    assert ended.tolist() == [forbidden]
+
+
+def test_a_prompt_whose_pictures_are_missing(model, processor, picture):
+    inputs = processor(text="<image>b", images=picture, generation_mode="image", return_tensors="pt")
+    del inputs["pixel_values"]
+    for generate in (model.generate_image_features, model.generate, model.generate_interleaved):
+        with pytest.raises(ValueError, match="the text holds 1 images, but 0 were given"):
+            generate(**inputs)
+
+
+def test_a_conversation_goes_on_from_its_cache(model, processor, picture):
+    """What is in the cache needs no picture again."""
+    inputs = processor.prepare_question(["what?"], [[picture]])
+    first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.tensor([[70, 71]])], dim=1)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    went_on = model.generate(ids, past_key_values=first.past_key_values, **options)
+    assert torch.equal(went_on, model.generate(ids, pixel_values=inputs["pixel_values"], **options))
+
+
+def test_a_prompt_with_pictures_is_not_read_in_chunks(model, processor, picture):
+    inputs = processor.prepare_question(["what?"], [[picture]])
+    with pytest.raises(ValueError, match="prefill_chunk_size does not work with images"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("decoding", ["autoregressive", "next_scale"])
+def test_weights_that_are_elsewhere_until_their_module_runs(processor, picture, decoding):
+    model = make_model(processor, image_decoding=decoding)
+    prompt, question = processor.prepare_generation(["a"], [[picture]]), processor.prepare_question(["b"], [[picture]])
+    expected, answer = model.generate_image_features(**prompt), model.generate(**question, max_new_tokens=3)
+    cpu_offload(model, torch.device("cpu"))
+    assert model.model.projector.weight.device.type == "meta"
+    for scale, features in model.generate_image_features(**prompt).items():
+        assert torch.equal(features, expected[scale])
+    assert torch.equal(model.generate(**question, max_new_tokens=3), answer)

@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AddedToken
 
-from transformers_puma import PumaProcessor, add_puma_tokens
+from transformers_puma import PumaImageProcessor, PumaProcessor, add_puma_tokens
 
-from .conftest import IMAGE_LENGTH, make_picture
+from .conftest import IMAGE_LENGTH, make_picture, make_processor
 
 
 def test_an_image_becomes_start_placeholders_and_end(processor, picture):
@@ -188,3 +189,35 @@ def test_a_template_that_does_not_mark_answers(processor):
     )
     with pytest.raises(ValueError, match="marks 0 answers .* holds 1 assistant"):
         silent.encode_conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+def test_special_tokens_of_the_language_model_stay_special_and_text_stays_text(tmp_path):
+    """Ends of turns: named by the tokenizer (ChatML), or marked in its file alone (Llama 3)."""
+    tokenizer = make_processor().tokenizer
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)], special_tokens=True)
+    assert add_puma_tokens(tokenizer) == 0
+    processor = PumaProcessor(PumaImageProcessor(size={"height": 16, "width": 16}), tokenizer, IMAGE_LENGTH)
+    processor.save_pretrained(tmp_path)
+    for each in (processor, PumaProcessor.from_pretrained(tmp_path)):
+        ends = each.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>"])
+        hello = each.encode_plain("hello")
+        assert each.decode_answers(torch.tensor([[*hello, *ends]]), prompt_length=0) == ["hello"]
+        ids = each.prepare_question(["a <|eot_id|> b <|im_end|>"], [[]])["input_ids"][0].tolist()
+        assert not set(ends) & set(ids)
+        assert "a <|eot_id|> b <|im_end|>" in each.tokenizer.decode(ids)
+
+
+def test_a_picture_may_be_a_path(processor, picture, tmp_path):
+    picture.save(tmp_path / "picture.png")
+    text, boxes = "<image>a <box>", [(1, 1, 20, 20)]
+    expected = processor(images=picture, text=text, boxes=boxes)
+    read = processor(images=str(tmp_path / "picture.png"), text=text, boxes=boxes)
+    assert read["input_ids"] == expected["input_ids"]
+    assert torch.equal(torch.as_tensor(read["pixel_values"][0]), torch.as_tensor(expected["pixel_values"][0]))
+
+
+def test_without_location_tokens(picture):
+    processor = make_processor(num_location_tokens=0)
+    assert "<loc_0>" not in processor.tokenizer.get_vocab()
+    assert len(processor(images=picture, text="<image>")["input_ids"][0]) == IMAGE_LENGTH + 3

@@ -114,7 +114,7 @@ class FeatureErrors:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         free = pipe.generate_image_features(prompts, sources, min(self.drawer.scales), generators)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = model._feature_noise(len(prompts), 0, generators, model.device)
+        noise = model.draw_feature_noise(len(prompts), 0, generators, model.device)
         forced = teacher_forced_features(model, **inputs, target_features=flatten_scales(truth), noise=noise)
         return {"truth": truth, "forced": forced, "free": free}
 

@@ -188,17 +188,15 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.ema is not None:
-            self._load_saved(resume_from_checkpoint)
-            for shadow, parameter in zip(self.ema.shadow_params, self.trained_parameters, strict=True):
-                shadow.copy_(parameter.detach())
+            self._load_average(resume_from_checkpoint)
         weights = load_file(os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
         missing = sorted(self.trained.keys() - weights.keys())
         if missing:
             raise ValueError(f"{resume_from_checkpoint} is of another model: it has no {missing[0]}")
         self.model.load_state_dict(weights, strict=False)  # frozen weights are as the model came
 
-    def _load_saved(self, folder: str) -> None:
-        """What `_save` wrote, into the model."""
+    def _load_average(self, folder: str) -> None:
+        """What `_save` wrote, into the model and its averaged weights."""
         if self.adapter_name is None:
             self.model.load_state_dict(PumaUNet2DConditionModel.from_pretrained(folder).state_dict())
         else:
@@ -206,6 +204,9 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
             prefix = f"unet_{self.scale}."
             layers = {name.removeprefix(prefix): weight for name, weight in layers.items()}
             set_peft_model_state_dict(self.model, layers, adapter_name=self.adapter_name)
+        if self.ema is not None:
+            for shadow, parameter in zip(self.ema.shadow_params, self.trained_parameters, strict=True):
+                shadow.copy_(parameter.detach())
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_average(self.state.best_model_checkpoint)

@@ -15,6 +15,8 @@ from transformers import CLIPVisionModel, default_data_collator
 
 from transformers_puma import PumaImageProcessor
 
+from ..evaluation.pictures import as_rgb
+
 Row = dict[str, Any]
 
 
@@ -42,7 +44,7 @@ class PumaDecoderCollator:
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         if "latents" in rows[0]:
             return default_data_collator(rows)
-        pictures = [row["image"].convert("RGB") for row in rows]
+        pictures = [as_rgb(row["image"]) for row in rows]
         squares = [center_crop(picture, min(picture.size)) for picture in pictures]
         return {
             "pixel_values": self.for_encoder(squares, return_tensors="pt")["pixel_values"],

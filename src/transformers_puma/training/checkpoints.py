@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -34,7 +34,8 @@ def write_manifest(checkpoint: str | Path) -> None:
     """Declares the files that are now in the folder `checkpoint` to be all of it; in one rename."""
     checkpoint = Path(checkpoint)
     partial = checkpoint / f"{MANIFEST_NAME}.partial"
-    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path != partial]
+    own = (partial, checkpoint / MANIFEST_NAME)
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path not in own]
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in sorted(paths)}
     partial.write_text(json.dumps(sizes, indent=1))
     os.replace(partial, checkpoint / MANIFEST_NAME)
@@ -172,11 +173,17 @@ class ResumableTrainerMixin(Trainer):
 
     def _check_weights(self) -> None:
         """A finite loss can have gradients that are not, and the step after which a checkpoint is due apply them."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise FloatingPointError(
-                    f"{name} is not finite after step {self.state.global_step}: not saved. {self._way_on()}"
-                )
+        # Under ZeRO-3 each process sees its part of a parameter only: what one finds, all must know.
+        own = {
+            name: getattr(parameter, "ds_tensor", parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        broken = gather_object([name for name, weight in own.items() if not torch.isfinite(weight).all()])
+        if broken:
+            raise FloatingPointError(
+                f"{broken[0]} is not finite after step {self.state.global_step}: not saved. {self._way_on()}"
+            )
 
     def _way_on(self) -> str:
         checkpoint = last_whole_checkpoint(self.args.output_dir)

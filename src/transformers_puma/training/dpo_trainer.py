@@ -73,7 +73,8 @@ class PumaDPOTrainer(RowsMixin, DPOTrainer):
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=data_collator or PumaPreferenceCollator(processing_class, max_length=args.max_length),
+            data_collator=data_collator
+            or PumaPreferenceCollator(processing_class, model.config.tokens_per_scale, args.max_length),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

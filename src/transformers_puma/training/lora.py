@@ -1,4 +1,5 @@
-"""LoRA on the backbone, with what no backbone had before PUMA trained in full: projector, image head, new tokens."""
+"""LoRA on the backbone, with what no backbone had before PUMA trained in full: projector, image head, image queries,
+new tokens."""
 
 from peft import LoraConfig
 
@@ -27,14 +28,19 @@ def puma_lora_config(model: PumaForConditionalGeneration, token_ids: list[int], 
         token_ids: rows of the embedding and of the text head that are trained, from `puma_token_ids`; the adapter
             holds these rows only. An empty list keeps both as they are.
         options: of `LoraConfig` (`r`, `lora_alpha`, ..); `target_modules` (by default `LINEAR_LAYERS`, the names of
-            Llama and its kin) and `modules_to_save` (by default projector and image head) win over what is set here.
+            Llama and its kin) and `modules_to_save` (by default projector, image head and, where the model has them,
+            image queries) win over what is set here.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in (embedding, head)]
     settings = {
         "task_type": "CAUSAL_LM",
         "target_modules": LINEAR_LAYERS,
-        "modules_to_save": ["projector", "image_head"],
+        "modules_to_save": [
+            "projector",
+            "image_head",
+            *([] if model.config.image_decoding == "autoregressive" else ["image_queries"]),
+        ],
         "trainable_token_indices": {name: token_ids for name in names} if token_ids else None,
     }
     return LoraConfig(**(settings | options))

@@ -18,12 +18,19 @@ class PumaTrainerMixin(ResumableTrainerMixin):
                 "torch.nn.DataParallel: start one process for each with torchrun or accelerate launch, or set "
                 "CUDA_VISIBLE_DEVICES to one"
             )
+        if self.optimizer is not None and self.args.projector_learning_rate is not None:
+            raise ValueError(
+                f"projector_learning_rate={self.args.projector_learning_rate} has no part in an optimizer that is "
+                "given: set the rates of its groups"
+            )
         for module in self.model.modules():
             if isinstance(module, PumaModel):
                 module.vision_tower.requires_grad_(False)
 
     def create_optimizer(self, model=None):
         """Stock groups (with and without weight decay), each split in two where the projector has its own rate."""
+        if self.optimizer is not None:  # the caller's, or that of an earlier `train()`, whose groups are split
+            return self.optimizer
         optimizer = super().create_optimizer(model)
         if self.args.projector_learning_rate is not None:
             names = {id(parameter): name for name, parameter in (model or self.model).named_parameters()}
@@ -40,10 +47,12 @@ class ModelLossMixin(PumaTrainerMixin):
     """The model's own loss, exact over the global batch, and its parts in the logs.
 
     Text and image losses are means over the supervised tokens of the global batch, counted separately, so gradient
-    accumulation and data parallelism change nothing but rounding.
+    accumulation and data parallelism change nothing but rounding (and random draws, if there is `feature_noise` or a
+    flow head: the random state of a process is its own, and `transformers` seeds all alike).
 
     Logged beside `loss` are `text_loss` and `image_loss`, and `mse_scale_i`, the unweighted squared error over all
-    supervised tokens of scale i since the last time; at evaluations, the same with the prefix of the metrics.
+    supervised tokens of scale i since the last time. Evaluations give the same with the prefix of the metrics, all of
+    them, and `loss`, over the supervised tokens of the whole data set.
     """
 
     def __init__(self, *args, **kwargs):
@@ -53,6 +62,10 @@ class ModelLossMixin(PumaTrainerMixin):
         # The two counts make the loss of each micro-batch its share of the global batch: nothing more to divide by.
         self.model_accepts_loss_kwargs = True
         self._parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # of training, of evaluation
+
+    def train(self, *args, **kwargs):
+        self._parts[True].clear()
+        return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """(2,) supervised text and image tokens in all micro-batches of all processes."""
@@ -75,38 +88,52 @@ class ModelLossMixin(PumaTrainerMixin):
         if num_items_in_batch is not None:
             counts = {"num_text_items": num_items_in_batch[0], "num_image_items": num_items_in_batch[1]}
         noise = self.args.feature_noise if model.training else 0.0
-        outputs = model(**inputs, **counts, feature_noise=noise, use_cache=False, skip_logits=not return_outputs)
+        inputs = {"skip_logits": not return_outputs, **inputs}
+        outputs = model(**inputs, **counts, feature_noise=noise, use_cache=False)
 
-        num_batches = self.current_gradient_accumulation_steps if model.training else 1
-        share = num_batches * self.accelerator.num_processes if counts else 1
-        losses = torch.stack([outputs.text_loss, outputs.image_loss]).detach().float() * share
         num_tokens = self._supervised_per_scale(inputs)
+        losses = torch.stack([outputs.text_loss, outputs.image_loss]).detach().float()
+        if model.training:  # means over batches, as `loss` is logged
+            losses = losses * (
+                self.current_gradient_accumulation_steps * self.accelerator.num_processes if counts else 1
+            )
+            weights = torch.ones_like(losses)
+        else:
+            weights = torch.stack([(inputs["labels"][:, 1:] != -100).sum(), num_tokens.sum()])
+            losses = losses * (num_items_in_batch if counts else weights)
         errors = torch.where(num_tokens > 0, outputs.scale_losses * num_tokens, 0)
-        self._parts[model.training].append(torch.cat([losses, errors, num_tokens]))
+        self._parts[model.training].append(torch.cat([losses, errors, weights, num_tokens]))
         # Data parallelism averages gradients over processes; the shares of the global batch are to be summed.
         loss = outputs.loss * (self.accelerator.num_processes if counts else 1)
         return (loss, outputs) if return_outputs else loss
 
     def _averaged_parts(self, training: bool) -> dict[str, float]:
         """Parts of the loss over all processes since the last call."""
-        parts = torch.stack(self._parts[training]).mean(0)
+        parts = torch.stack(self._parts[training]).sum(0)
         self._parts[training].clear()
-        parts = self.accelerator.reduce(parts, reduction="mean")
-        errors, num_tokens = parts[2:].chunk(2)
-        logs = {"text_loss": parts[0].item(), "image_loss": parts[1].item()}
-        scales = zip(errors.tolist(), num_tokens.tolist(), strict=True)
-        return logs | {f"mse_scale_{scale}": error / count for scale, (error, count) in enumerate(scales) if count}
+        sums, weights = self.accelerator.reduce(parts, reduction="sum").chunk(2)
+        text_loss, image_loss, *errors = (sums / weights.clamp(min=1)).tolist()
+        seen = zip(enumerate(errors), weights[2:].tolist(), strict=True)
+        scales = {f"mse_scale_{scale}": error for (scale, error), count in seen if count}
+        return {"text_loss": text_loss, "image_loss": image_loss, **scales}
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs and self._parts[True]:
             logs |= self._averaged_parts(training=True)
         super().log(logs, start_time)
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         parts = self._averaged_parts(training=False)
+        config = self.accelerator.unwrap_model(self.model).config
+        parts["loss"] = config.text_loss_weight * parts["text_loss"] + config.image_loss_weight * parts["image_loss"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
 

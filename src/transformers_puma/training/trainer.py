@@ -22,10 +22,10 @@ class PumaTrainer(ModelLossMixin, Trainer):
             args = PumaTrainingArguments("trainer_output")
         if not isinstance(args, PumaTrainingArguments):
             raise ValueError(f"args must be a PumaTrainingArguments, got a {type(args).__name__}")
-        if data_collator is None:
-            if kwargs.get("processing_class") is None:
-                raise ValueError("processing_class (the model's PumaProcessor) or a data_collator is needed")
-            data_collator = PumaDataCollator(
-                kwargs["processing_class"], model.config.tokens_per_scale, args.max_length, args.packing
-            )
+        if data_collator is None and kwargs.get("processing_class") is None:
+            raise ValueError("processing_class (the model's PumaProcessor) or a data_collator is needed")
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        if data_collator is None:
+            self.data_collator = PumaDataCollator(
+                self.processing_class, self.model.config.tokens_per_scale, args.max_length, args.packing
+            )

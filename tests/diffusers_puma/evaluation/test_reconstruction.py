@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -36,6 +37,13 @@ def test_pictures_become_upright_rgb_on_white_and_square():
     assert as_rgb(picture).size == (2, 4) and as_rgb(picture).getpixel((0, 0)) == (255, 255, 255)
     assert as_rgb(Image.new("L", (3, 3), 7)).getpixel((1, 1)) == (7, 7, 7)
     assert as_square(Image.new("RGB", (30, 10)), 16).size == (16, 16)
+
+
+@pytest.mark.parametrize(("mode", "order"), [("I;16", "<"), ("I;16B", ">")])
+def test_grey_of_16_bits_becomes_8_bits(mode, order):
+    data = np.array([0, 257, 7 * 257 + 128, 7 * 257 + 129, 65535], dtype=f"{order}u2").tobytes()
+    picture = as_rgb(Image.frombytes(mode, (5, 1), data))
+    assert np.array(picture).tolist() == [[[value] * 3 for value in (0, 1, 7, 8, 255)]]
 
 
 def test_scores_are_distances_of_the_pipelines_pictures(decoder_pipeline, pictures, lpips):

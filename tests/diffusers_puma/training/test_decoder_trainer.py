@@ -152,7 +152,8 @@ def test_checkpoint_is_a_decoder_and_holds_the_weights_in_training(tmp_path):
     assert not list(tmp_path.rglob("training_args.bin"))
 
 
-def test_best_checkpoint_is_loaded_with_its_average(tmp_path):
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_best_checkpoint_is_loaded_with_its_average(tmp_path, save_only_model):
     run = trainer(
         tmp_path,
         max_steps=4,
@@ -163,6 +164,7 @@ def test_best_checkpoint_is_loaded_with_its_average(tmp_path):
         eval_steps=1,
         save_steps=1,
         load_best_model_at_end=True,
+        save_only_model=save_only_model,
     )
     run.train()
     best = PumaUNet2DConditionModel.from_pretrained(run.state.best_model_checkpoint)

@@ -66,8 +66,10 @@ def test_resolution_is_the_decoders_or_what_is_asked_for(tmp_path, decoder_pipel
 
 
 def test_transparent_and_grey_pictures_become_rgb():
+    """What is transparent becomes white, as where a model reads pictures."""
     batch = PumaDecoderCollator(32, 16)([{"image": Image.new(mode, (20, 20))} for mode in ("RGBA", "L", "P")])
     assert batch["pictures"].shape == (3, 3, 16, 16)
+    assert batch["pictures"].mean((1, 2, 3)).tolist() == [1, -1, -1]
 
 
 def test_components_that_do_not_suffice_are_refused(tmp_path, decoder_pipeline):

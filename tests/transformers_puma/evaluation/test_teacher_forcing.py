@@ -70,7 +70,7 @@ def test_features_that_are_samples_use_the_given_noise(processor):
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     free = model.generate_image_features(**inputs, generator=generators)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    noise = model._feature_noise(2, 0, generators, model.device)
+    noise = model.draw_feature_noise(2, 0, generators, model.device)
     forced = teacher_forced_features(model, **inputs, target_features=flatten_scales(free), noise=noise)
     for scale in free:
         torch.testing.assert_close(forced[scale], free[scale], atol=1e-4, rtol=1e-4)

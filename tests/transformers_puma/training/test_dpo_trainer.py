@@ -111,3 +111,9 @@ def test_what_is_refused(processor, tmp_path):
         PumaDPOConfig(str(tmp_path), use_cpu=True, bf16=False, precompute_ref_log_probs=True)
     with pytest.raises(ValueError, match="args must be a PumaDPOConfig"):
         PumaDPOTrainer(make_model(processor), args=object(), processing_class=processor)
+
+
+def test_the_collator_knows_the_scales(processor, model, tmp_path):
+    trainer = make_trainer(processor, tmp_path, model)
+    batch = trainer.data_collator([{**make_rows()[0], "finest_given_scale": 2}])
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 1]

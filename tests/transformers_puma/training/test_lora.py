@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, CLIPVisionConfig
 
 from transformers_puma import PumaForConditionalGeneration
 from transformers_puma.training import (
@@ -16,7 +16,7 @@ from transformers_puma.training import (
 )
 from transformers_puma.training.lora import UNQUANTIZED
 
-from ..conftest import TEXT, make_model, make_picture
+from ..conftest import IMAGE_LENGTH, TEXT, VISION, make_config, make_model, make_picture
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +158,39 @@ def test_qlora(processor, rows, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
     trainer.save_model()
     assert not any("base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_image_queries_are_trained_and_saved(processor, rows, tmp_path):
+    """No backbone had them, so an adapter to one holds them in full."""
+    base = make_model(processor, image_decoding="next_scale")
+    model = get_peft_model(base, puma_lora_config(base, [], r=2))
+    before = base.model.image_queries.weight.clone()
+    arguments = PumaTrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=0.01, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    PumaTrainer(model, arguments, processing_class=processor, train_dataset=rows).train()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_model(processor, image_decoding="next_scale"), tmp_path / "adapter")
+    trained = loaded.get_base_model().model.image_queries.weight
+    assert not torch.equal(trained, before)
+    inputs = processor.prepare_generation(["a picture"])
+    expected = model.eval().generate_image_features(**inputs)
+    for scale, features in loaded.generate_image_features(**inputs).items():
+        torch.testing.assert_close(features, expected[scale])
+
+
+def test_a_quantised_projector_reads_pictures(processor, picture, tmp_path):
+    """Four bits in all linear layers, as where no module is named to be left alone."""
+    wide = {**TEXT, "hidden_size": 64, "intermediate_size": 128}
+    config = make_config(processor, wide)
+    config.vision_config = CLIPVisionConfig(**{**VISION, "hidden_size": 64, "intermediate_size": 128})
+    model = PumaForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = PumaForConditionalGeneration.from_pretrained(tmp_path, quantization_config=quantization)
+    assert loaded.model.projector.weight.dtype == torch.uint8
+    features = torch.randn(1, IMAGE_LENGTH, 64)
+    found, expected = loaded.model.read_states(features), model.model.read_states(features)
+    assert (found - expected).norm() < 0.2 * expected.norm()
+    inputs = processor.prepare_question(["what?"], [[picture]])
+    assert torch.isfinite(loaded(**inputs).logits).all()

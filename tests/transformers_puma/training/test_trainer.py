@@ -107,12 +107,17 @@ def test_a_checkpoint_is_a_model_folder(processor, rows, tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path).image_seq_length == processor.image_seq_length
 
 
-def test_evaluation_does_not_depend_on_the_batch_size(processor, rows, tmp_path):
-    losses = []
-    for size in (8, 4):
-        trainer = make_trainer(processor, rows, tmp_path, per_device_eval_batch_size=size)
-        losses.append(trainer.evaluate(rows[:1] * 8)["eval_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+def test_an_evaluation_is_a_mean_over_tokens_whatever_the_batches(processor, rows, tmp_path):
+    """Also where some batches draw and others read, as in data of several tasks."""
+    trainer = make_trainer(processor, rows, tmp_path)
+    with torch.no_grad():
+        expected = trainer.model.eval()(**trainer.data_collator(rows))
+    for size in (8, 4, 3, 1):
+        for order in (rows, rows[::2] + rows[1::2]):
+            trainer = make_trainer(processor, rows, tmp_path, per_device_eval_batch_size=size)
+            metrics = trainer.evaluate(order)
+            for name in ("loss", "text_loss", "image_loss"):
+                assert metrics[f"eval_{name}"] == pytest.approx(expected[name].item(), rel=1e-5), (size, name)
 
 
 def test_standardised_heads_start_at_the_features_mean(processor):
@@ -157,3 +162,52 @@ def test_the_stock_trainer_averages_over_accumulation(processor, tmp_path):
 def test_a_trainer_needs_a_processor_or_a_collator(processor, tmp_path):
     with pytest.raises(ValueError, match="processing_class"):
         PumaTrainer(make_model(processor), PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+
+
+def test_an_evaluation_computes_the_logits_that_it_needs(processor, rows, tmp_path):
+    """For the loss alone those with labels; for metrics all of them, and nothing that has no row for each example."""
+    trainer = make_trainer(processor, rows, tmp_path, per_device_eval_batch_size=2)
+    heads = []
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: heads.append(output[..., 0].numel()))
+    metrics = trainer.evaluate(rows)
+    labels = [trainer.data_collator(rows[i : i + 2])["labels"][:, 1:] != -100 for i in range(0, len(rows), 2)]
+    assert heads == [mask.sum() for mask in labels]
+
+    texts = [{"prompt": "a", "completion": "b"}] * 2
+    predicted = trainer.predict([*rows, *texts])
+    assert predicted.predictions.shape == (len(rows) + 2, predicted.label_ids.shape[1], 512)
+    seen = []
+    trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions.shape) or {"rows": len(rows)}
+    measured = trainer.evaluate(rows)
+    assert seen == [(len(rows), *predicted.predictions.shape[1:])] and measured["eval_rows"] == len(rows)
+    assert measured["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+def test_resuming_in_the_same_process_with_a_rate_of_the_projector(processor, rows, tmp_path):
+    trainer = make_trainer(
+        processor, rows, tmp_path, projector_learning_rate=1e-4, save_strategy="steps", save_steps=2
+    )
+    trainer.train()
+    unbroken = history(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert history(trainer) == unbroken and len(unbroken) == 4
+
+
+def test_a_model_that_is_made_at_the_start_of_training(processor, rows, tmp_path):
+    arguments = PumaTrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = PumaTrainer(
+        args=arguments, model_init=lambda: make_model(processor), processing_class=processor, train_dataset=rows
+    )
+    trainer.train()
+    assert history(trainer, "train_loss")
+
+
+def test_an_optimizer_that_is_given_has_its_own_rates(processor, rows, tmp_path):
+    model = make_model(processor)
+    options = {"processing_class": processor, "train_dataset": rows}
+    options["optimizers"] = torch.optim.SGD(model.parameters(), lr=0.1), None
+    trainer = PumaTrainer(model, PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True), **options)
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.1]
+    arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, projector_learning_rate=1e-4)
+    with pytest.raises(ValueError, match="projector_learning_rate=0.0001 has no part in an optimizer that is given"):
+        PumaTrainer(model, arguments, **options)

@@ -18,6 +18,7 @@ from transformers_puma.training.data import (
     ONEVISION_MATH_REASONING,
     load_source,
 )
+from transformers_puma.training.data.samples import plain
 
 from .writers import (
     encoded,
@@ -122,7 +123,7 @@ def test_grit(tmp_path):
 
 
 def test_the_pile(tmp_path):
-    texts = ["one\nline\u2028more", "two", "three"]
+    texts = ["one\nline\u2028more", "two <image>and <box>", "three"]
     lines = "".join(
         json.dumps({"text": text, "meta": {"pile_set_name": "Pile-CC"}}, ensure_ascii=False) + "\n" for text in texts
     ).encode()
@@ -130,7 +131,9 @@ def test_the_pile(tmp_path):
     cut = lines.index(b"\n") + 1
     compressor = zstandard.ZstdCompressor()
     (tmp_path / "00.jsonl.zst").write_bytes(compressor.compress(lines[:cut]) + compressor.compress(lines[cut:]))
-    assert list(load_source("the_pile", str(tmp_path))) == [{"text": text} for text in texts]
+    # What would be markup in a row is left out.
+    expected = [texts[0], "two and", texts[2]]
+    assert list(load_source("the_pile", str(tmp_path))) == [{"text": text} for text in expected]
 
 
 def test_ocr_vqa(tmp_path):
@@ -363,3 +366,28 @@ def test_rows_fit_the_collator(tmp_path, processor):
     assert len(batch["input_ids"]) == len(rows) == 14
     assert len(batch["pixel_values"]) == len(batch["image_loss_mask"]) == 8 + 2 * 4 + 1
     assert batch["image_loss_mask"].sum() == sum(row["completion"] == "<image>" for row in rows if "completion" in row)
+
+
+def test_captions_that_repeat_are_drawn_each_for_itself(tmp_path):
+    """A caption alone would decide whether its pictures are drawn or described, and how they are cropped."""
+    rows = [{"image": encoded(Image.new("RGB", (20 + i, 16)), "PNG"), "caption": "a cat"} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+    made = list(load_source("parquet", str(tmp_path / "0.parquet"), stage="pretraining"))
+    assert {row["completion"] for row in made} == {"a cat", "<image>"}
+
+
+def test_a_subset_of_onevision_without_pictures(tmp_path):
+    """Its column of pictures has no type; files are read in any order."""
+    turns = [{"from": "human", "value": "Say PUMA."}, ANSWER]
+    row = {"id": "1", "image": None, "conversations": turns, "data_source": "a text subset"}
+    (tmp_path / "a text subset").mkdir()
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a text subset" / "0.parquet")
+    image = {"bytes": encoded(picture(), "PNG"), "path": "1.png"}
+    write_onevision(tmp_path, "b pictures", [{"id": "2", "image": image, "conversations": [QUESTION, ANSWER]}])
+    rows = list(load_source("llava_onevision", str(tmp_path)))
+    assert ["images" in row for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("text", ["a <image>b", "a <ima<box>ge>b", "a <bo<image>x>b<box>"])
+def test_nothing_in_a_text_from_the_data_is_markup(text):
+    assert plain(text) == "a b"

@@ -19,6 +19,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from datasets import Features, Image, Value
+
 from .readers import Reader, line_place
 from .samples import BrokenSampleError, Sample, field, image_file, make_sample, plain, stored_image
 from .streams import Paths, entry_stream, find_files, parquet_stream, parse_record, record_stream
@@ -101,6 +103,15 @@ CAMBRIAN_IN_ONEVISION = frozenset(
         "hfdata/visualmrc",
     }
 )
+# Subsets of text alone have an empty column of pictures, without their type.
+ONEVISION_FEATURES = Features(
+    {
+        "id": Value("string"),
+        "image": Image(),
+        "conversations": [{"from": Value("string"), "value": Value("string")}],
+        "data_source": Value("string"),
+    }
+)
 CAMBRIAN_EXCLUDED = CAMBRIAN_MATH_REASONING | CAMBRIAN_IN_ONEVISION
 
 
@@ -141,7 +152,7 @@ def llava_onevision(
     if not files:
         raise ValueError(f"every subset in {path} is excluded")
     parse = functools.partial(_parse_onevision, exclude=exclude)
-    return Reader(parquet_stream(files, num_shards), parse, _onevision_place)
+    return Reader(parquet_stream(files, num_shards, ONEVISION_FEATURES), parse, _onevision_place)
 
 
 def cambrian(

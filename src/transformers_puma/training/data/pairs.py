@@ -16,6 +16,7 @@
 """
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def _parse_journeydb(raw: dict[str, str], images: Path, caption: str) -> list[Sa
 
 
 def _parse_pile(raw: dict[str, str]) -> list[Sample]:
-    return [make_sample(raw["key"], {"text": field(parse_record(raw), "text")})]
+    return [make_sample(raw["key"], {"text": text_field(parse_record(raw), "text")})]
 
 
 def _parse_captioned_file(raw: dict[str, Any]) -> list[Sample]:
@@ -209,4 +210,7 @@ def _parse_table_row(raw: dict[str, Any], image: str, caption: str) -> list[Samp
     picture, text = raw[image], text_field(raw, caption)
     if isinstance(picture, dict) and picture["bytes"] is None and picture["path"]:
         return [make_sample(_file_key(picture["path"]), {"caption": text}, [picture])]
-    return [make_sample(text, {"caption": text}, [stored_image(picture, image)])]
+    stored = stored_image(picture, image)
+    # The caption alone would be drawn alike for all its pictures.
+    key = f"{text} {hashlib.blake2b(stored['bytes'], digest_size=8).hexdigest()}"
+    return [make_sample(key, {"caption": text}, [stored])]

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Features, List, Value
 from PIL import Image, ImageOps
 
-from ...processing_puma import BOX_MARK, IMAGE_TOKEN
+from ...processing_puma import MARKUP
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,9 @@ def field(record: dict, name: str, kind: type = str) -> Any:
 
 def plain(text: str) -> str:
     """A text from the data, in which nothing is the markup of training rows."""
-    return text.replace(IMAGE_TOKEN, "").replace(BOX_MARK, "").strip()
+    while MARKUP.search(text):  # taking out one mark may join the halves of another
+        text = MARKUP.sub("", text)
+    return text.strip()
 
 
 def text_field(record: dict, name: str) -> str:

@@ -86,10 +86,15 @@ def webdataset_stream(files: Sequence[str]) -> IterableDataset:
     return TarBuilder(data_files=data_files, features=Features(members | texts)).as_streaming_dataset("train")
 
 
-def parquet_stream(files: Sequence[str], num_shards: int = 1) -> IterableDataset:
-    """Rows of parquet files, pictures undecoded; cut by row groups when there are fewer files than `num_shards`."""
+def parquet_stream(files: Sequence[str], num_shards: int = 1, features: Features | None = None) -> IterableDataset:
+    """Rows of parquet files, pictures undecoded; cut by row groups when there are fewer files than `num_shards`.
+
+    Args:
+        features: the columns to read; by default those of the first file, which all must then have.
+    """
     data_files = DataFilesDict({"train": DataFilesList(list(files), [(file,) for file in files])})
-    stream = Parquet(data_files=data_files).as_streaming_dataset("train").decode(False)
+    builder = Parquet(data_files=data_files, features=features, columns=None if features is None else list(features))
+    stream = builder.as_streaming_dataset("train").decode(False)
     return stream.reshard() if stream.num_shards < num_shards else stream
 
 

@@ -33,12 +33,13 @@ def _square(size: tuple[int, int], scale: float, x: float, y: float) -> Crop:
 def apply_crop(image: Image.Image, crop: Crop, image_size: int | None) -> Image.Image:
     """The crop of a picture, resized to a square of side `image_size`, or as large as it is.
 
-    The whole picture is resized plainly, whatever its aspect ratio.
+    The whole picture is resized plainly, whatever its aspect ratio, and as the image processor does it: the encoder
+    then sees a picture in training as it will when it is used.
     """
     if image_size is None:
         return image if crop == WHOLE else image.crop(_pixels(crop, image.size))
     box = None if crop == WHOLE else _pixels(crop, image.size)
-    return image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    return image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
 
 
 def _pixels(crop: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
