@@ -3,21 +3,20 @@
 import base64
 import binascii
 import io
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import BatchFeature
+from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 
-from .errors import UserError
+from .errors import UserError, shown
 from .options import MAX_NEW_TOKENS
 from .pictures import decode_picture
 
@@ -66,10 +65,12 @@ def read_messages(messages: list[dict[str, Any]]) -> Conversation:
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if message.keys() != {"role", "content"} or message["role"] not in ROLES:
-            raise UserError(f"{where} must have content and a role of {', '.join(ROLES)}, and no more: got {message}")
+            raise UserError(
+                f"{where} must have content and a role of {', '.join(ROLES)}, and no more: got {shown(message)}"
+            )
         content = message["content"]
         if not isinstance(content, (str, list)):
-            raise UserError(f"{where}.content must be a text or a list of parts, got {content!r}")
+            raise UserError(f"{where}.content must be a text or a list of parts, got {shown(content)}")
         if isinstance(content, list):
             content = [
                 _read_part(part, f"{where}.content[{j}]", conversation.images) for j, part in enumerate(content)
@@ -88,14 +89,14 @@ def _read_part(part: Any, where: str, images: list[Image.Image]) -> dict[str, An
         case {"type": "image_url", "image_url": {"url": str(url)}}:
             images.append(_read_data_url(url, where))
             return {"type": "image"}
-    raise UserError(f"{where} must be a text or an image_url part, got {str(part)[:100]}")
+    raise UserError(f"{where} must be a text or an image_url part, got {shown(part)}")
 
 
 def _read_data_url(url: str, where: str) -> Image.Image:
     head, comma, data = url.partition(",")
     if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
         raise UserError(
-            f"{where}: a picture must be a data:image/...;base64,... URL, nothing is fetched: {url[:100]!r}"
+            f"{where}: a picture must be a data:image/...;base64,... URL, nothing is fetched: {shown(url)}"
         )
     try:
         return decode_picture(io.BytesIO(base64.b64decode(data, validate=True)), where)
@@ -103,20 +104,40 @@ def _read_data_url(url: str, where: str) -> Image.Image:
         raise UserError(f"{where}: the data of the picture is not base64: {error}") from error
 
 
-class _Tokens(BaseStreamer):
-    """What `generate` writes after the prompt, token by token, for another thread; None ends it."""
+class _Pieces(BaseStreamer):
+    """Hands what `generate` writes after the prompt to `write`, as pieces of text."""
 
-    def __init__(self):
-        self.queue: SimpleQueue[list[int] | None] = SimpleQueue()
-        self._seen_prompt = False
+    def __init__(self, processor: PumaProcessor, write: Callable[[str], object]):
+        self._processor, self._write = processor, write
+        self._ids: list[int] | None = None
+        self._written = ""
 
     def put(self, value: torch.LongTensor) -> None:
-        if self._seen_prompt:
-            self.queue.put(value.flatten().tolist())
-        self._seen_prompt = True
+        if self._ids is None:  # the prompt comes first
+            self._ids = []
+            return
+        self._ids += value.flatten().tolist()
+        text = self._processor.decode_answers(torch.tensor([self._ids]), 0)[0]
+        if not text.endswith("\ufffd"):  # a character of which tokens are still to come
+            self.write_up_to(text)
+
+    def write_up_to(self, text: str) -> None:
+        if text != self._written:
+            self._write(text[len(self._written) :])
+            self._written = text
 
     def end(self) -> None:
-        self.queue.put(None)
+        pass
+
+
+class _Stop(StoppingCriteria):
+    """Ends `generate` with the token at which it finds the event set."""
+
+    def __init__(self, event: Event):
+        self._event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 def prepare(processor: PumaProcessor, conversation: Conversation) -> BatchFeature:
@@ -140,9 +161,9 @@ def answer(
     processor: PumaProcessor,
     inputs: BatchFeature,
     options: AnswerOptions,
-    streamer: BaseStreamer | None = None,
+    **hooks: Any,
 ) -> Answer:
-    """The model's answer to the last message of a conversation."""
+    """The model's answer to the last message of a conversation; `hooks` are `generate`'s, such as `streamer`."""
     limit = options.max_new_tokens or mllm.generation_config.max_new_tokens or MAX_NEW_TOKENS
     sampling = {"temperature": options.temperature, "top_p": options.top_p}
     sampling = {name: value for name, value in sampling.items() if value is not None}
@@ -150,7 +171,7 @@ def answer(
         sampling = {"do_sample": False}
     elif sampling:
         sampling["do_sample"] = True
-    sequences = mllm.generate(**inputs.to(mllm.device), max_new_tokens=limit, streamer=streamer, **sampling)
+    sequences = mllm.generate(**inputs.to(mllm.device), max_new_tokens=limit, **sampling, **hooks)
     prompt_tokens = inputs["input_ids"].shape[1]
     written = sequences[0, prompt_tokens:].tolist()
     ended = len(written) < limit or written[-1] in _end_ids(mllm)
@@ -159,25 +180,19 @@ def answer(
 
 
 def stream_answer(
-    mllm: PumaForConditionalGeneration, processor: PumaProcessor, inputs: BatchFeature, options: AnswerOptions
-) -> Iterator[str | Answer]:
-    """The pieces of `answer` as they are written, then the `Answer`."""
-    tokens = _Tokens()
-    with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(answer, mllm, processor, inputs, options, tokens)
-        # Also if it fails: whoever waits for tokens must not wait for ever.
-        future.add_done_callback(lambda _: tokens.end())
-        ids, written = [], ""
-        for new in iter(tokens.queue.get, None):
-            ids += new
-            text = processor.decode_answers(torch.tensor([ids]), 0)[0]
-            if text != written and not text.endswith("\ufffd"):  # a character of which tokens are still to come
-                yield text[len(written) :]
-                written = text
-        result = future.result()
-        if result.text != written:
-            yield result.text[len(written) :]
-        yield result
+    mllm: PumaForConditionalGeneration,
+    processor: PumaProcessor,
+    inputs: BatchFeature,
+    options: AnswerOptions,
+    write: Callable[[str], object],
+    stop: Event,
+) -> Answer:
+    """As `answer`, which hands each piece to `write` as soon as it is there, and ends early once `stop` is set."""
+    pieces = _Pieces(processor, write)
+    criteria = StoppingCriteriaList([_Stop(stop)])
+    result = answer(mllm, processor, inputs, options, streamer=pieces, stopping_criteria=criteria)
+    pieces.write_up_to(result.text)
+    return result
 
 
 def _end_ids(mllm: PumaForConditionalGeneration) -> list[int]:

@@ -2,9 +2,8 @@
 
 import argparse
 
-from .errors import UserError
 from .model_source import find_model
-from .options import add_model_options, add_output_option, add_sampling_options, scale_schedule_or_best
+from .options import add_model_options, add_output_option, add_sampling_options, check_best, scale_schedule_or_best
 from .pictures import check_output, read_picture
 
 
@@ -13,7 +12,8 @@ def add_parser(subparsers) -> None:
         "generate", help="a picture from words, or from words and pictures", description=__doc__
     )
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw; with --image, what to make of it")
-    parser.add_argument("--image", nargs="+", action="extend", metavar="FILE", help="pictures the prompt is about")
+    # One file each: with several, the option would take a prompt that follows it as one more file.
+    parser.add_argument("--image", action="append", metavar="FILE", help="picture the prompt is about; repeatable")
     parser.add_argument(
         "--scale",
         type=scale_schedule_or_best,
@@ -30,8 +30,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     output = check_output(args.output)
     given = [read_picture(file) for file in args.image or []]
-    if args.scale == "best" and (given or not args.prompt.strip()):
-        raise UserError("--scale best ranks pictures by how well they fit a caption: it takes words, and no --image")
+    check_best(args.scale, args.prompt, given)
     model = find_model(args.model)
     model.require_decoders()
     model.require_scale(args.scale)

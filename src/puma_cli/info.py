@@ -40,7 +40,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _kind(model: ModelSource) -> str:
     """What a folder is that holds no pipeline."""
-    return "decoder" if "_class_name" in model.config else "mllm"
+    name = _class_name(model.config)
+    return "mllm" if model.config.get("model_type") == "puma" else "decoder" if "UNet" in name else name
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    return config.get("_class_name") or (config.get("architectures") or ["?"])[0]
 
 
 def _summary(model: ModelSource, folder: Path, tensors: dict[str, Tensors]) -> Iterator[str]:
@@ -66,8 +71,7 @@ def _summary(model: ModelSource, folder: Path, tensors: dict[str, Tensors]) -> I
 def _rows(model: ModelSource, parts: dict[str, Path], tensors: dict[str, Tensors]) -> Iterator[Row]:
     yield "part", "class", "parameters", "format", "size"
     for name, folder in parts.items():
-        config = _read_config(folder)
-        entry = model.index.get(name) or [None, config.get("_class_name") or (config.get("architectures") or ["?"])[0]]
+        entry = model.index.get(name) or [None, _class_name(_read_config(folder))]
         yield _row(name, entry[1], list(tensors[name].values()))
         if name == "mllm":
             groups: dict[str, list] = {label: [] for label in LANGUAGE_MODEL_PARTS.values()}

@@ -2,6 +2,9 @@
 
 import argparse
 import math
+from typing import Any
+
+from .errors import UserError, shown
 
 NUM_SCALES = 5
 MAX_SEED = 2**63 - 1
@@ -32,7 +35,7 @@ def _schedule(text: str) -> list[tuple[float, int]]:
     schedule.append((number(last[1] or "1"), _scale(last[0], ())))
     untils = [0.0, *(until for until, _ in schedule)]
     if untils[-1] != 1 or any(a >= b for a, b in zip(untils, untils[1:], strict=False)):
-        raise argparse.ArgumentTypeError(f"parts of the steps must rise to 1, as in 3:0.4,0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"parts of the steps must rise to 1, as in 3:0.4,0, got {shown(text)}")
     return schedule
 
 
@@ -42,7 +45,13 @@ def _scale(text: str, words: tuple[str, ...]) -> int | str:
     if text.isascii() and text.isdigit() and int(text) < NUM_SCALES:
         return int(text)
     expected = ", ".join([f"0 (finest) to {NUM_SCALES - 1} (coarsest)", *filter(None, [" or ".join(words)])])
-    raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+    raise argparse.ArgumentTypeError(f"must be {expected}, got {shown(text)}")
+
+
+def check_best(scale: Any, prompt: str | None, pictures: list) -> None:
+    """Raises `UserError` for `best` without words to rank by, or with pictures, whose prompt is no caption."""
+    if scale == "best" and (pictures or not (prompt or "").strip()):
+        raise UserError("scale best ranks pictures by how well they fit a caption: it takes words, and no picture")
 
 
 def positive(text: str) -> int:
@@ -63,7 +72,7 @@ def number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number, got {shown(text)}")
     return value
 
 

@@ -6,36 +6,42 @@
 | `POST /v1/images/edits` | a picture from words and pictures |
 | `POST /v1/images/variations` | a picture encoded and decoded again; coarse scales vary it |
 | `POST /v1/chat/completions` | answers about pictures, streamed if asked for |
-| `GET /v1/models`, `GET /health` | what is served |
+| `GET /v1/models`, `GET /v1/models/{model}`, `GET /health` | what is served |
 
 Beside OpenAI's fields, pictures take `scale`, `seed`, `steps` and `guidance`, as the commands do. A field that is not
-known is refused, so nothing that is asked for is left out in silence. The model runs one request at a time.
+known is refused, so nothing that is asked for is left out in silence; null counts as not asked for. The model runs one
+request at a time, in a thread of its own, and a streamed answer ends when its client goes away.
 """
 
 import argparse
+import asyncio
 import base64
 import io
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
-from threading import Lock
+from threading import Event
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 from transformers import BatchFeature
 
 from diffusers_puma import PumaPipeline
 
-from .answering import AnswerOptions, answer, prepare, read_messages, stream_answer
+from .answering import Answer, AnswerOptions, answer, prepare, read_messages, stream_answer
 from .drawing import draw
-from .errors import UserError, one_line
-from .options import MAX_SEED, scale_schedule_or_best
+from .errors import UserError, one_line, shown
+from .options import MAX_SEED, check_best, scale_schedule_or_best
 from .pictures import decode_picture
 from .scoring import caption_scorer
 
@@ -59,14 +65,23 @@ def _parse_size(value: Any) -> Any:
         return None
     parts = str(value).split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise ValueError(f"must be auto or WIDTHxHEIGHT in pixels, got {value!r}")
+        raise ValueError(f"must be auto or WIDTHxHEIGHT in pixels, got {shown(value)}")
     return parts
 
 
-class DrawRequest(BaseModel):
-    """Fields of the three routes for pictures."""
-
+class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class DrawRequest(_Fields):
+    """Fields of the three routes for pictures."""
 
     model: str | None = None
     prompt: str | None = None
@@ -79,10 +94,8 @@ class DrawRequest(BaseModel):
     guidance: Annotated[float | None, Field(allow_inf_nan=False)] = None
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Fields):
     """Fields of the route for answers."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
     messages: list[dict[str, Any]]
@@ -103,6 +116,15 @@ async def _read_form(request: Request) -> tuple[DrawRequest, list[Image.Image]]:
     return DrawRequest.model_validate(fields), [decode_picture(file.file, file.filename) for file in files]
 
 
+class _ClosingResponse(StreamingResponse):
+    """Closes its generator when it ends. Starlette leaves that to garbage collection where a client goes away while
+    something is sent to it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
+
+
 Form = Annotated[tuple[DrawRequest, list[Image.Image]], Depends(_read_form)]
 
 
@@ -114,12 +136,14 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
         name: the model folder or its name on the Hub; a folder is served by its last part.
     """
     app = FastAPI(title="PUMA")
-    lock = Lock()
+    worker = ThreadPoolExecutor(1)  # all that the model does: one request at a time
     if Path(name).is_dir():
         name = Path(name).resolve().name
+    served = {"id": name, "object": "model", "created": 0, "owned_by": "puma"}
 
     def respond(request: DrawRequest, images: list[Image.Image]) -> dict[str, Any]:
         check_model(request.model)
+        check_best(request.scale, request.prompt, images)
         inputs: dict[str, Any] = {"prompt": request.prompt, "num_images_per_prompt": request.n}
         if images:
             inputs["image"] = [images]
@@ -127,8 +151,7 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
             inputs["scorer"] = caption_scorer(pipe.mllm, pipe.processor)
         if request.size is not None:
             inputs["width"], inputs["height"] = request.size
-        with lock:
-            pictures = draw(pipe, request, **inputs)
+        pictures = worker.submit(draw, pipe, request, **inputs).result()
         if not isinstance(pictures, dict):
             data = [{"b64_json": _base64_png(picture)} for picture in pictures]
         else:
@@ -137,7 +160,7 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
 
     def check_model(model: str | None) -> None:
         if model not in (None, name):
-            raise NoSuchModel(f"there is no model {model!r} here, only {name!r}")
+            raise NoSuchModel(f"there is no model {shown(model)} here, only {name!r}")
 
     @app.post("/v1/images/generations")
     def generations(request: DrawRequest) -> dict[str, Any]:
@@ -170,9 +193,8 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
         )
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
         if request.stream:
-            return StreamingResponse(chunks(head, inputs, options), media_type="text/event-stream")
-        with lock:
-            result = answer(pipe.mllm, pipe.processor, inputs, options)
+            return _ClosingResponse(chunks(head, inputs, options), media_type="text/event-stream")
+        result = worker.submit(answer, pipe.mllm, pipe.processor, inputs, options).result()
         message = {"role": "assistant", "content": result.text}
         usage = {
             "prompt_tokens": result.prompt_tokens,
@@ -182,20 +204,39 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
         choice = {"index": 0, "message": message, "finish_reason": result.finish_reason}
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
 
-    def chunks(head: dict[str, Any], inputs: BatchFeature, options: AnswerOptions) -> Iterator[str]:
+    async def chunks(head: dict[str, Any], inputs: BatchFeature, options: AnswerOptions) -> AsyncIterator[str]:
         def chunk(delta: dict[str, str], finish_reason: str | None = None) -> str:
             choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
             return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
 
-        yield chunk({"role": "assistant", "content": ""})
-        with lock:
-            for piece in stream_answer(pipe.mllm, pipe.processor, inputs, options):
-                yield chunk({"content": piece}) if isinstance(piece, str) else chunk({}, piece.finish_reason)
-        yield "data: [DONE]\n\n"
+        loop, pieces, stop = asyncio.get_running_loop(), asyncio.Queue(), Event()
+
+        def work() -> Answer:
+            def write(piece: str) -> None:
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+            return stream_answer(pipe.mllm, pipe.processor, inputs, options, write, stop)
+
+        working = loop.run_in_executor(worker, work)
+        working.add_done_callback(lambda _: pieces.put_nowait(None))  # also if it fails
+        try:
+            yield chunk({"role": "assistant", "content": ""})
+            while (piece := await pieces.get()) is not None:
+                yield chunk({"content": piece})
+            yield chunk({}, (await working).finish_reason)
+            yield "data: [DONE]\n\n"
+        finally:  # also if the client goes away
+            stop.set()
+            working.cancel()  # if its turn has not come
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "puma"}]}
+        return {"object": "list", "data": [served]}
+
+    @app.get("/v1/models/{model:path}")
+    def model(model: str) -> dict[str, Any]:
+        check_model(model)
+        return served
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -214,12 +255,17 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
     def refuse(_: Request, error: ValueError) -> JSONResponse:
         return _refusal(one_line(error), 404 if isinstance(error, NoSuchModel) else 400)
 
+    @app.exception_handler(HTTPException)
+    def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
+        where = f"{request.method} {shown(request.url.path)}"
+        return _refusal(f"{where}: {error.detail}", error.status_code, error.headers)
+
     return app
 
 
-def _refusal(message: str, status: int = 400) -> JSONResponse:
+def _refusal(message: str, status: int = 400, headers: Mapping[str, str] | None = None) -> JSONResponse:
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status)
+    return JSONResponse({"error": error}, status, headers)
 
 
 def _base64_png(picture: Image.Image) -> str:

@@ -37,8 +37,7 @@ def run_app(args: argparse.Namespace, module: str, what: str) -> None:
             raise UserError(f"{error.name} is not installed: pip install 'puma-hub[{args.command}]'") from error
         app = build_app(_load(args, model), model.name)
         listener.listen()
-        host, port = listener.getsockname()[:2]
-        print(f"{what} http://{host}:{port}", flush=True)
+        print(f"{what} http://{_address(*listener.getsockname()[:2])}", flush=True)
         with suppress(KeyboardInterrupt):  # how a user ends it
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
@@ -56,7 +55,11 @@ def _take_address(host: str, port: int) -> socket.socket:
         return taken
     except OSError as error:
         taken.close()
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        raise UserError(f"cannot listen on {_address(host, port)}: {error.strerror or error}") from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _load(args: argparse.Namespace, model: ModelSource) -> "PumaPipeline":

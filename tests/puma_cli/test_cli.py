@@ -144,7 +144,7 @@ class TestMistakes:
             (["generate", "a", "-o", "a.jpg"], "must be a .png file, got a.jpg"),
             (["generate", "a", "--image", "missing.png"], "no such file: missing.png"),
             (["generate", "a", "--image", __file__], "not a picture: "),
-            (["generate", "a", "--image", PICTURE, "--scale", "best"], "no --image"),
+            (["generate", "a", "--image", PICTURE, "--scale", "best"], "no picture"),
             (["generate", " ", "--scale", "best"], "it takes words"),
             (["generate", "a", "--model", "missing"], "no such model folder: missing"),
             (["generate", "a", "--model", "./missing/too"], "no such model folder: missing/too"),
@@ -259,6 +259,12 @@ class TestGenerate:
         output = pipe("swap", image=[[picture, picture]], scale=4, generator=torch.Generator().manual_seed(0))
         assert (pixels(tmp_path / "puma.png") == np.array(output.images[0])).all()
 
+    def test_a_prompt_after_a_picture(self, run, full_folder, tmp_path):
+        assert run("generate", "--model", full_folder, "--image", PICTURE, "swap")[:2] == (0, "puma.png\n")
+        after = (tmp_path / "puma.png").read_bytes()
+        assert run("generate", "swap", "--model", full_folder, "--image", PICTURE)[0] == 0
+        assert (tmp_path / "puma.png").read_bytes() == after
+
     def test_model_of_the_checkout(self, run, full_folder, tmp_path, monkeypatch):
         copy(full_folder, tmp_path / "hub_configs" / "puma-emoji")
         (tmp_path / "notebooks").mkdir()
@@ -322,8 +328,15 @@ class TestInfo:
         out = run("info", decoders_folder)[1]
         assert "CLIPVisionModel" in out and "scale 3" in out and "scale 0" not in out
         assert "16 x 16 tokens" in out
-        assert "PumaForConditionalGeneration" in run("info", language_model_folder)[1]
-        assert "PumaUNet2DConditionModel" in run("info", decoders_folder / "unet_1")[1]
+        for folder, part, name in [
+            (language_model_folder, "mllm", "PumaForConditionalGeneration"),
+            (decoders_folder / "unet_1", "decoder", "PumaUNet2DConditionModel"),
+            (decoders_folder / "image_encoder", "CLIPVisionModel", "CLIPVisionModel"),
+            (decoders_folder / "vae", "AutoencoderKL", "AutoencoderKL"),
+        ]:
+            out = run("info", folder)[1]
+            assert any(line.split()[:2] == [part, name] for line in out.splitlines())
+            assert ("projector and heads" in out) == (part == "mllm")
 
     def test_shards(self, run, tmp_path, language_model_folder):
         model = copy(language_model_folder, tmp_path / "model", without="model.safetensors")
@@ -346,6 +359,14 @@ class TestPictures:
         exif[0x0112] = 6  # turned by a quarter
         Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
         assert read_picture(tmp_path / "a.jpg").size == (2, 4)
+
+    @pytest.mark.parametrize(("mode", "order", "suffix"), [("I;16", "<", "png"), ("I;16B", ">", "tif")])
+    def test_grey_of_16_bits(self, tmp_path, mode, order, suffix):
+        data = np.array([0, 257, 7 * 257 + 128, 7 * 257 + 129, 65535], dtype=f"{order}u2").tobytes()
+        file = tmp_path / f"a.{suffix}"
+        Image.frombytes(mode, (5, 1), data).save(file)
+        assert Image.open(file).mode == mode
+        assert np.array(read_picture(file)).tolist() == [[[value] * 3 for value in (0, 1, 7, 8, 255)]]
 
     def test_cut_off(self, tmp_path):
         (tmp_path / "a.png").write_bytes(PICTURE.read_bytes()[:500])

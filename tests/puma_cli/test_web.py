@@ -1,17 +1,22 @@
 """`puma serve` by OpenAI's own client, `puma demo` by Gradio's: against the pipeline on the same folder."""
 
+import asyncio
 import base64
+import gc
 import io
+import json
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import openai
 import pytest
 import torch
+import uvicorn
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image, ImageChops
@@ -19,15 +24,18 @@ from PIL import Image, ImageChops
 from diffusers_puma import PumaPipeline
 from puma_cli import main
 from puma_cli.pictures import read_picture
+from puma_cli.server import build_app
+from transformers_puma import PumaForConditionalGeneration
 
 PICTURE = Path(__file__).parents[1] / "parity" / "data" / "official_release_tiny" / "input.png"
 QUESTION = "what is it?"
+LONG = 1500  # tokens
 
 
 @contextmanager
-def running(command: str, folder: Path) -> Iterator[str]:
+def running(command: str, folder: Path, *options: str) -> Iterator[str]:
     """The address of a command's server, which stops without a traceback when it is interrupted."""
-    arguments = [sys.executable, "-m", "puma_cli", command, "--model", str(folder), "--port", "0"]
+    arguments = [sys.executable, "-m", "puma_cli", command, "--model", str(folder), "--port", "0", *options]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     if "http://" not in line:
@@ -37,6 +45,35 @@ def running(command: str, folder: Path) -> Iterator[str]:
     process.send_signal(2)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err, err
+
+
+@contextmanager
+def serving(pipe: PumaPipeline) -> Iterator[openai.OpenAI]:
+    """A client of a server in this process, whose model can be watched."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(build_app(pipe, "full"), log_level="warning"))
+        thread = Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def watched(mllm: PumaForConditionalGeneration) -> Iterator[list[list[int]]]:
+    """The answers that are written meanwhile, each as the positions in the sequence at which its steps begin."""
+    answers: list[list[int]] = []
+
+    def watch(module, args, kwargs):
+        position = int(kwargs["position_ids"][0, 0])
+        if position == 0:
+            answers.append([])
+        answers[-1].append(position)
+
+    handle = mllm.register_forward_pre_hook(watch, with_kwargs=True)
+    yield answers
+    handle.remove()
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +100,22 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def image_url(url: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 def ask(client: openai.OpenAI, **options):
     url = f"data:image/png;base64,{base64.b64encode(PICTURE.read_bytes()).decode()}"
-    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    parts = [image_url(url), {"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": parts}]
     return client.chat.completions.create(**{"model": "full", "messages": messages} | options)
+
+
+def assert_in_turn(answers: list[list[int]]) -> None:
+    """That no step of an answer is between those of another, and that only the last, of 4 tokens, came to its end."""
+    for prompt, *steps in answers:
+        assert prompt == 0 and steps == list(range(steps[0], steps[0] + len(steps)) if steps else [])
+    assert all(len(steps) < LONG for steps in answers) and len(answers[-1]) == 4
 
 
 class TestServe:
@@ -113,6 +161,58 @@ class TestServe:
         expected = pipe.ask(read_picture(PICTURE), QUESTION, max_new_tokens=4)
         assert ask(client, max_tokens=4, timeout=60).choices[0].message.content == expected
 
+    def test_answers_that_are_left_end_and_none_overlap(self, pipe):
+        with serving(pipe) as client, watched(pipe.mllm) as answers:
+            with ask(client, stream=True, max_tokens=LONG) as first:
+                next(first)
+                next(first)
+                with ask(client, stream=True, max_tokens=LONG) as second:  # waits for its turn
+                    next(second)
+            ask(client, max_tokens=4)
+        assert_in_turn(answers)
+        assert len(answers[0]) > 1
+
+    def test_an_answer_ends_that_is_left_while_something_is_sent(self, pipe):
+        """By the protocol between server and application: of a client that reads no more, and then goes away."""
+        app = build_app(pipe, "full")
+        scope = {"type": "http", "http_version": "1.1", "asgi": {"version": "3.0", "spec_version": "2.3"}}
+        scope |= {"method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": []}
+        scope["headers"] = [(b"content-type", b"application/json")]
+
+        async def request(leave_after: int, **fields) -> None:
+            messages, gone, left = [body(fields)], asyncio.Event(), leave_after
+
+            async def receive() -> dict:
+                if messages:
+                    return messages.pop()
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: dict) -> None:
+                nonlocal left
+                left -= message["type"] == "http.response.body"
+                if left == 0:
+                    gone.set()
+                    await asyncio.Event().wait()
+
+            await app(scope, receive, send)
+
+        def body(fields: dict) -> dict:
+            fields["messages"] = [{"role": "user", "content": QUESTION}]
+            return {"type": "http.request", "body": json.dumps(fields).encode()}
+
+        async def requests() -> None:
+            await request(3, stream=True, max_tokens=LONG)
+            await request(9, max_tokens=4)
+
+        gc.disable()  # it would close what is left open, some time
+        try:
+            with watched(pipe.mllm) as answers:
+                asyncio.run(requests())
+        finally:
+            gc.enable()
+        assert_in_turn(answers)
+
     def test_conversations_and_sampling(self, client):
         messages = [
             {"role": "system", "content": "Be brief."},
@@ -128,6 +228,23 @@ class TestServe:
 
     def test_what_is_served(self, client):
         assert [model.id for model in client.models.list()] == ["full"]
+        assert client.models.retrieve("full").id == "full"
+        with pytest.raises(openai.NotFoundError, match="there is no model 'org/other' here, only 'full'"):
+            client.models.retrieve("org/other")
+
+    @pytest.mark.parametrize(("method", "path", "status"), [("get", "/nothing", 404), ("post", "/models", 405)])
+    def test_routes_that_are_not_there(self, client, method, path, status):
+        with pytest.raises(openai.APIStatusError) as caught:
+            getattr(client, method)(path, cast_to=object)
+        assert (caught.value.status_code, caught.value.type) == (status, "invalid_request_error")
+        assert f"/v1{path}" in caught.value.body["message"]
+
+    def test_null_is_not_given(self, client, pipe):
+        given = {"scale": None, "steps": None, "seed": 5}
+        response = client.images.generate(prompt="a cat", n=None, size=None, response_format=None, extra_body=given)
+        assert_same(pictures(response), pipe("a cat", generator=seeded(5)).images)
+        response = ask(client, max_tokens=4, temperature=None, extra_body={"stream": None})
+        assert response.choices[0].message.content == pipe.ask(read_picture(PICTURE), QUESTION, max_new_tokens=4)
 
     @pytest.mark.parametrize(
         ("options", "text"),
@@ -139,11 +256,12 @@ class TestServe:
             ({"quality": "high"}, "quality: "),
             ({"extra_body": {"seed": -1}}, "seed: "),
             ({"response_format": "url"}, "response_format: "),
+            ({"prompt": "", "extra_body": {"scale": "best"}}, "scale best ranks pictures"),
         ],
     )
     def test_mistakes_about_pictures(self, client, options, text):
         with pytest.raises(openai.BadRequestError) as caught:
-            client.images.generate(prompt="a cat", **options)
+            client.images.generate(**{"prompt": "a cat"} | options)
         assert text in caught.value.body["message"] and caught.value.type == "invalid_request_error"
 
     def test_mistakes_about_given_pictures(self, client, tmp_path):
@@ -152,6 +270,8 @@ class TestServe:
             client.images.edit(image=tmp_path / "text.png", prompt="red")
         with pytest.raises(openai.BadRequestError, match="mask: "):
             client.images.edit(image=PICTURE, mask=PICTURE, prompt="red")
+        with pytest.raises(openai.BadRequestError, match="it takes words, and no picture"):
+            client.images.edit(image=PICTURE, prompt="red", extra_body={"scale": "best"})
         with pytest.raises(openai.NotFoundError, match="there is no model 'other' here, only 'full'"):
             client.images.generate(prompt="a cat", model="other")
 
@@ -175,6 +295,24 @@ class TestServe:
         user, system = ({"role": role, "content": "a"} for role in ("user", "system"))
         with pytest.raises(openai.BadRequestError, match="chat template refuses the messages: unknown role system"):
             ask(client, messages=[user, system, user], stream=True)
+
+    def test_errors_repeat_no_long_text(self, client):
+        text = "x" * 10_000
+        for request in (
+            lambda: ask(client, messages=[{"role": "tool", "content": text}]),
+            lambda: ask(client, messages=[{"role": "user", "content": {"text": text}}]),
+            lambda: ask(client, messages=[{"role": "user", "content": [{"type": "video", "url": text}]}]),
+            lambda: ask(client, messages=[{"role": "user", "content": [image_url(text)]}]),
+            lambda: ask(client, model=text),
+            lambda: client.images.generate(prompt="a cat", size=text),
+            lambda: client.images.generate(prompt="a cat", extra_body={"scale": text}),
+            lambda: client.images.generate(prompt="a cat", extra_body={"scale": f"3:{text},0"}),
+            lambda: client.models.retrieve(text),
+            lambda: client.get(f"/{text}", cast_to=object),
+        ):
+            with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as caught:
+                request()
+            assert 20 < len(caught.value.body["message"]) < 250
 
     def test_decoders_alone(self, decoders_folder):
         with running("serve", decoders_folder) as address:
@@ -223,6 +361,9 @@ class TestStart:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             assert f"cannot listen on 127.0.0.1:{port}: " in fails("--model", full_folder, "--port", port)
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+            port = taken.getsockname()[1]
+            assert f"cannot listen on [::1]:{port}: " in fails("--model", full_folder, "--host", "::1", "--port", port)
         assert "has no decoders" in fails("--model", language_model_folder)
         assert "--port: must be a whole number from 0 to 65535, got '70000'" in fails("--port", 70000)
         for name in ("server", "web_page"):
@@ -230,3 +371,9 @@ class TestStart:
         monkeypatch.setitem(sys.modules, "fastapi", None)
         monkeypatch.setitem(sys.modules, "gradio", None)
         assert f"is not installed: pip install 'puma-hub[{command}]'" in fails("--model", full_folder, "--port", 0)
+
+    def test_addresses_of_ipv6(self, decoders_folder):
+        with running("serve", decoders_folder, "--host", "::1") as address:
+            assert address.startswith("http://[::1]:")
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+            assert [model.id for model in client.models.list()] == ["decoders"]

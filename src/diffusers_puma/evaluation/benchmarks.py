@@ -15,11 +15,11 @@ from typing import Any
 from PIL import Image
 
 from transformers_puma.evaluation.runner import Row
+from transformers_puma.pictures import as_rgb
 
 from ..pipeline_puma import IMAGE_SCALE, TEXT_SCALE
 from .data import Samples, open_table, read_picture
 from .drawing import Drawer
-from .pictures import as_rgb
 
 Files = dict[str, Image.Image | str]  # by path below the folder that the scorer is given
 

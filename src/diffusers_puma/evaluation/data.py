@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from .pictures import as_rgb
+from transformers_puma.pictures import as_rgb
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CAPTION_COLUMNS = ("caption", "prompt", "text", "captions")

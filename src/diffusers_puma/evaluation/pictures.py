@@ -1,16 +1,10 @@
-"""Pictures as evaluations compare them: RGB, square, 8 bits; and how far two of them are apart."""
+"""Pictures as evaluations compare them: square, 8 bits; and how far two of them are apart."""
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 IDENTICAL = 100.0  # dB, for pictures without any difference
-
-
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """Upright, transparent parts on white."""
-    picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def as_square(picture: Image.Image, size: int) -> Image.Image:

@@ -14,8 +14,7 @@ from torchvision.transforms.functional import center_crop
 from transformers import CLIPVisionModel, default_data_collator
 
 from transformers_puma import PumaImageProcessor
-
-from ..evaluation.pictures import as_rgb
+from transformers_puma.pictures import as_rgb
 
 Row = dict[str, Any]
 

@@ -9,8 +9,9 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from diffusers_puma.evaluation import Drawer, Reconstruction, Samples, evaluate, lpips_distance, psnr
-from diffusers_puma.evaluation.pictures import as_rgb, as_square, to_tensor
+from diffusers_puma.evaluation.pictures import as_square, to_tensor
 from transformers_puma.evaluation.runner import sample_seed
+from transformers_puma.pictures import as_rgb
 
 
 def samples_of(pictures: list[Image.Image]) -> Samples:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Features, List, Value
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ...pictures import as_rgb
 from ...processing_puma import MARKUP
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def sample_rng(seed: int, key: str, purpose: str) -> random.Random:
 
 
 def open_image(image: dict, min_size: int = 1) -> Image.Image | None:
-    """The picture in RGB, upright, transparent parts on white; None if its shorter side is under `min_size` pixels.
+    """The picture as `as_rgb` gives it; None if its shorter side is under `min_size` pixels.
 
     Raises:
         BrokenSampleError: no such file, not a picture, or one that is cut short.
@@ -152,11 +153,7 @@ def open_image(image: dict, min_size: int = 1) -> Image.Image | None:
         with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
             if min(opened.size) < min_size:
                 return None
-            opened = ImageOps.exif_transpose(opened)
-            if not opened.has_transparency_data:
-                return opened.convert("RGB")
-            picture = opened.convert("RGBA")
+            return as_rgb(opened)
     # Image.open and the decoders behind it raise many kinds of errors on damaged files.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenSampleError(f"unreadable picture: {error}") from error
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
