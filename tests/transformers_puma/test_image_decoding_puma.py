@@ -69,7 +69,8 @@ def seeds(*numbers):
 def predict(model, states, generator):
     """Features (S, C) of a whole image from the states (S, H) that they are read from."""
     scales = scale_of_position(COUNTS)
-    noise = torch.cat([torch.randn(1, count, 32, generator=generator) for count in reversed(COUNTS)], dim=1)
+    own = torch.Generator().manual_seed(torch.randint(2**63 - 1, (), generator=generator).item())
+    noise = torch.cat([torch.randn(1, count, 32, generator=own) for count in reversed(COUNTS)], dim=1)
     return model.image_head.predict(states[None], scales, noise, model.config.flow_num_steps)[0]
 
 
