@@ -272,3 +272,13 @@ def test_round_trip_with_either_attention(model, batch, tmp_path, attention):
     model.save_pretrained(tmp_path)
     again = PumaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention)
     torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
+
+
+def test_logits_of_chosen_positions(model, processor):
+    ids = processor(text="a red car", return_tensors="pt")["input_ids"]
+    whole = model(input_ids=ids, labels=ids)
+    for kept in (2, torch.tensor([0, 3])):
+        chosen = model(input_ids=ids, labels=ids, logits_to_keep=kept)
+        expected = whole.logits[:, -2:] if isinstance(kept, int) else whole.logits[:, kept]
+        torch.testing.assert_close(chosen.logits, expected)
+        torch.testing.assert_close(chosen.loss, whole.loss)

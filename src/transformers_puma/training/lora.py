@@ -33,14 +33,11 @@ def puma_lora_config(model: PumaForConditionalGeneration, token_ids: list[int], 
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in (embedding, head)]
+    queries = [] if model.config.image_decoding == "autoregressive" else ["image_queries"]
     settings = {
         "task_type": "CAUSAL_LM",
         "target_modules": LINEAR_LAYERS,
-        "modules_to_save": [
-            "projector",
-            "image_head",
-            *([] if model.config.image_decoding == "autoregressive" else ["image_queries"]),
-        ],
+        "modules_to_save": ["projector", "image_head", *queries],
         "trainable_token_indices": {name: token_ids for name in names} if token_ids else None,
     }
     return LoraConfig(**(settings | options))

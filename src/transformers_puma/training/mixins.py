@@ -94,9 +94,8 @@ class ModelLossMixin(PumaTrainerMixin):
         num_tokens = self._supervised_per_scale(inputs)
         losses = torch.stack([outputs.text_loss, outputs.image_loss]).detach().float()
         if model.training:  # means over batches, as `loss` is logged
-            losses = losses * (
-                self.current_gradient_accumulation_steps * self.accelerator.num_processes if counts else 1
-            )
+            if counts:
+                losses = losses * self.current_gradient_accumulation_steps * self.accelerator.num_processes
             weights = torch.ones_like(losses)
         else:
             weights = torch.stack([(inputs["labels"][:, 1:] != -100).sum(), num_tokens.sum()])
@@ -113,9 +112,9 @@ class ModelLossMixin(PumaTrainerMixin):
         self._parts[training].clear()
         sums, weights = self.accelerator.reduce(parts, reduction="sum").chunk(2)
         text_loss, image_loss, *errors = (sums / weights.clamp(min=1)).tolist()
-        seen = zip(enumerate(errors), weights[2:].tolist(), strict=True)
-        scales = {f"mse_scale_{scale}": error for (scale, error), count in seen if count}
-        return {"text_loss": text_loss, "image_loss": image_loss, **scales}
+        scales = enumerate(zip(errors, weights[2:].tolist(), strict=True))
+        logs = {"text_loss": text_loss, "image_loss": image_loss}
+        return logs | {f"mse_scale_{scale}": error for scale, (error, count) in scales if count}
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs and self._parts[True]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transformers_puma import PumaImageProcessor
 from transformers_puma.training.data import build_training_data, load_source
 from transformers_puma.training.data.conditions import INSTRUCTIONS, compute_condition, mask_rectangle
 from transformers_puma.training.data.transforms import (
@@ -158,3 +159,11 @@ def test_markup_in_captions_is_removed(tmp_path):
     write_tar(tmp_path / "0.tar", [img2dataset_sample(0, "a <image> of <box>es")])
     (row,) = load_source("laion_2b", str(tmp_path), stage="text_to_image")
     assert row["prompt"] == "a  of es"
+
+
+def test_a_resized_picture_is_what_the_encoder_sees_of_the_picture_itself():
+    processor, picture = PumaImageProcessor(size={"height": 16, "width": 16}), gradient(40, 30)
+    direct, resized = (
+        processor(image, return_tensors="np")["pixel_values"] for image in (picture, apply_crop(picture, WHOLE, 16))
+    )
+    np.testing.assert_array_equal(resized, direct)
