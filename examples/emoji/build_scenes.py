@@ -51,17 +51,19 @@ MAX_TRIES = 5000
 
 @dataclass(frozen=True)
 class Counts:
-    """How much a split gets: families (a scene and its edits), and how many pictures get conditions or a colour."""
+    """How much a split gets: families (a scene and its edits), how many pictures get conditions or a colour, and
+    scenes without edits."""
 
     families: int
     conditioned_scenes: int = 0
     conditioned_emoji: int = 0
     recoloured_emoji: int = 0
+    more_scenes: int = 0
     edits: bool = True
 
 
 COUNTS = {
-    "train": Counts(4400, 800, 2600, 3000),
+    "train": Counts(4400, 800, 2600, 3000, more_scenes=12000),
     "heldout_concept": Counts(256, 128, 256, 256),
     "heldout_pair": Counts(512, edits=False),
 }
@@ -311,6 +313,10 @@ def build_split(split: str, library: Library, counts: Counts, seed: int) -> Data
         if pixels is not None:
             objects = [library.describe(shown)]
             rows.append(make_row(pixels, "recoloured", library.texts[row]["style"], objects, ("emoji", row), 0))
+
+    for number in tqdm(range(counts.more_scenes), desc=f"more scenes, {split}", disable=not counts.more_scenes):
+        rng = random.Random(f"{seed} {split} scene {number}")
+        rows += family(library, heldout, False, len(rows), rng)
     return Dataset.from_list(rows, features=FEATURES)
 
 

@@ -59,7 +59,7 @@ class HeldOut:
             rows = [rng.choice(group) for group in self.split.groups]
         else:
             # Boxes and places: composed pictures, not an emoji in another colour.
-            rows = [row for row in self.split.shown if self.split.origin(row)[0] != "emoji"]
+            rows = list(self.split.compositions)
         rng.shuffle(rows)
         return [(which, row) for row in rows[:count]]
 

@@ -79,6 +79,16 @@ def counting(scene: dict, other: dict, rng: random.Random) -> Question | None:
     return Question("counting", f"How many {plural(name)} are there?", NUMBERS[counts[name]])
 
 
+def at_place(thing: dict) -> Question:
+    """The object of a place; no two of a scene have the same."""
+    return Question("position", f"What is {where(thing['place'])}?", thing["name"])
+
+
+def in_box(thing: dict) -> Question:
+    """The object in a box."""
+    return Question("region", f"What is in {BOX}?", thing["name"], tuple(thing["box"]))
+
+
 def position(scene: dict, other: dict, rng: random.Random) -> Question | None:
     """The place of an object, or the object of a place; either way the answer is the same words each time."""
     things = single_things(scene["objects"])
@@ -88,7 +98,7 @@ def position(scene: dict, other: dict, rng: random.Random) -> Question | None:
     if rng.random() < 0.5:
         verb = "are" if is_plural(thing["name"]) else "is"
         return Question("position", f"On which side {verb} the {noun(thing)}?", thing["place"])
-    return Question("position", f"What is {where(thing['place'])}?", thing["name"])
+    return at_place(thing)
 
 
 def scene_yes_no(scene: dict, other: dict, rng: random.Random) -> Question | None:
@@ -129,18 +139,12 @@ def grounding(scene: dict, other: dict, rng: random.Random) -> Question | None:
     return Question("grounding", f"Where {verb} {the(thing, scene['objects'])}?", BOX, tuple(thing["box"]))
 
 
-def region(scene: dict, other: dict, rng: random.Random) -> Question | None:
-    """The object in a box."""
-    thing = rng.choice(scene["objects"])
-    return Question("region", f"What is in {BOX}?", thing["name"], tuple(thing["box"]))
-
-
 SCENE_TYPES: dict[str, Callable[[dict, dict, random.Random], Question | None]] = {
     "counting": counting,
     "position": position,
     "yes/no": scene_yes_no,
     "colour": scene_colour,
     "grounding": grounding,
-    "region": region,
+    "region": lambda scene, other, rng: in_box(rng.choice(scene["objects"])),
     "style": lambda scene, other, rng: Question("style", STYLE, scene["style"]),
 }

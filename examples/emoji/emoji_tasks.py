@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from build_dataset import SIZE
 from emoji_edits import EmojiEdits, Picture
 from emoji_pictures import HUES
-from emoji_questions import BOX, EMOJI_TYPES, SCENE_TYPES, WHAT, Question
+from emoji_questions import BOX, EMOJI_TYPES, SCENE_TYPES, Question, at_place, in_box
 from emoji_sets import TONES
 from emoji_words import (
     COLOUR_EDITS,
@@ -37,9 +37,10 @@ from torch.utils.data import Dataset
 from transformers_puma import flatten_scales, multigranular_features
 from transformers_puma.processing_puma import CHAT_TEMPLATE
 
-KINDS = ("draw", "describe", "ask", "edit", "condition", "copy", "name")
+KINDS = ("draw", "describe", "ask", "edit", "condition", "copy", "name", "find")
 PATCHWORKS = (1, 2, 4, 8)  # cells along a side of the grid of a picture that is to be copied
-ALBUM, ALBUM_SCALE = 12, 2  # pictures that are to be named one after the other, and the finest scale read of them
+# Emoji or scenes that are asked about one after the other, and the finest scale read of each.
+ALBUM, SCENES, ALBUM_SCALE = 12, 6, 2
 SHOWN_ROLES = ("scene", "removed", "recoloured")  # what may be drawn from words and described
 
 
@@ -58,7 +59,7 @@ class TaskMix:
     kinds: tuple[float, ...]
     finest_scale: tuple[float, ...] = (0.08, 0.17, 0.75, 0.0, 0.0)
     finest_scale_edits: tuple[float, ...] = (0.30, 0.40, 0.30, 0.0, 0.0)
-    scenes: float = 0.35
+    scenes: float = 0.5
     questions: int = 5
 
 
@@ -83,6 +84,7 @@ class EmojiSplit:
             rows_of.setdefault((text["base"], text["style"]), []).append(row)
         self.groups = list(rows_of.values())
         self.shown = [row for row, scene in enumerate(self.scenes) if scene["role"] in SHOWN_ROLES]
+        self.compositions = [row for row in self.shown if self.is_scene(("scenes", row))]
         self.conditions = [row for row, scene in enumerate(self.scenes) if scene["role"] in CONDITIONS]
         self.edits = EmojiEdits(self.texts, self.scenes)
 
@@ -174,6 +176,7 @@ class EmojiRows(Dataset):
             "scenes": (self.mix.scenes, split.shown),
             "condition": (shares["condition"], split.conditions),
             "edit": (shares["edit"], split.edits.types),
+            "find": (shares["find"], split.compositions),
         }
         for name, (share, there) in needed.items():
             if share and not there:
@@ -189,10 +192,9 @@ class EmojiRows(Dataset):
         scales = self.mix.finest_scale_edits if from_picture else self.mix.finest_scale
         finest_scale = batch_rng.choices(range(len(scales)), scales)[0]
         rng = random.Random(f"{self.seed} row {index}")
-        if kind == "copy":
-            finest, row = self._copy(rng)
-        elif kind == "name":
-            finest, row = self._album(rng)
+        made = {"copy": self._copy, "name": self._name, "find": self._find}
+        if kind in made:
+            finest, row = made[kind](rng)
         else:
             pictures, row = (self._from_picture if from_picture else self._one_picture)(kind, rng)
             finest = [self._finest(picture) for picture in pictures]
@@ -210,18 +212,24 @@ class EmojiRows(Dataset):
         patchwork = pictures[chosen, torch.arange(side * side)]
         return [patchwork, patchwork], {"prompt": f"<image>{copying(rng)}", "completion": "<image>"}
 
-    def _album(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
+    def _name(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
         """Emoji to be named. There are many names, so it takes many pictures; their coarse scales are enough."""
         rows = [self.split.draw_emoji(rng) for _ in range(ALBUM)]
-        messages = []
+        asked = [[EMOJI_TYPES["name"](self.split.texts[row], {}, rng)] for row in rows]
+        return [self._finest(("emoji", row)) for row in rows], conversation(asked) | {
+            "finest_given_scale": ALBUM_SCALE
+        }
+
+    def _find(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
+        """Scenes all of whose objects are to be named, by place or by box, in random order."""
+        rows = rng.choices(self.split.compositions, k=SCENES)
+        asked = []
         for row in rows:
-            content = [{"type": "image"}, {"type": "text", "text": WHAT}]
-            messages += [
-                {"role": "user", "content": content},
-                {"role": "assistant", "content": [{"type": "text", "text": self.split.texts[row]["name"]}]},
-            ]
-        features = [self._finest(("emoji", row)) for row in rows]
-        return features, {"messages": messages, "finest_given_scale": ALBUM_SCALE}
+            objects, ask = self.split.scenes[row]["objects"], rng.choice((at_place, in_box))
+            asked.append([ask(thing) for thing in rng.sample(objects, len(objects))])
+        return [self._finest(("scenes", row)) for row in rows], conversation(asked) | {
+            "finest_given_scale": ALBUM_SCALE
+        }
 
     def _any_picture(self, rng: random.Random) -> Picture:
         if rng.random() < self.mix.scenes:
@@ -235,7 +243,7 @@ class EmojiRows(Dataset):
             return [picture], {"prompt": split.words(picture, rng), "completion": "<image>"}
         if kind == "describe":
             return [picture], {"prompt": "<image>", "completion": split.words(picture, rng)}
-        return [picture], conversation(split.questions(picture, rng, self.mix.questions))
+        return [picture], conversation([split.questions(picture, rng, self.mix.questions)])
 
     def _from_picture(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
         if kind == "edit":
@@ -257,15 +265,16 @@ class EmojiRows(Dataset):
         return flatten_scales(multigranular_features(finest[None], self.num_scales))[0]
 
 
-def conversation(questions: list[Question]) -> dict:
-    """The row of questions about one picture and their answers; with boxes, also the picture's size that they are in
-    pixels of."""
+def conversation(asked: list[list[Question]]) -> dict:
+    """The row of questions and their answers, a list for each picture; with boxes, also the pictures' sizes that they
+    are in pixels of."""
     messages = []
-    for question in questions:
-        content = [{"type": "text", "text": question.question}]
-        messages += [
-            {"role": "user", "content": content if messages else [{"type": "image"}, *content]},
-            {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
-        ]
-    boxes = [question.box for question in questions if question.box is not None]
-    return {"messages": messages} | ({"boxes": boxes, "image_sizes": [(SIZE, SIZE)]} if boxes else {})
+    for questions in asked:
+        for number, question in enumerate(questions):
+            content = [{"type": "text", "text": question.question}]
+            messages += [
+                {"role": "user", "content": content if number else [{"type": "image"}, *content]},
+                {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
+            ]
+    boxes = [question.box for questions in asked for question in questions if question.box is not None]
+    return {"messages": messages} | ({"boxes": boxes, "image_sizes": [(SIZE, SIZE)] * len(asked)} if boxes else {})

@@ -45,7 +45,7 @@ PRESETS = {
 }
 # Rows that hold a whole picture to be read cost ten times what the first scales of a drawn one do: they come with the
 # tuning, all tasks at once.
-SHARES = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+SHARES = tuple(float(kind == "draw") for kind in KINDS)
 # What a run is evaluated on: pictures down to the finest scale.
 DRAWING = TaskMix(
     kinds=SHARES,

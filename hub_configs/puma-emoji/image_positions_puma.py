@@ -104,8 +104,10 @@ def splice(
     return torch.where(read.unsqueeze(-1), gathered, inputs_embeds)
 
 
-def with_noise(features: torch.Tensor, feature_noise: float) -> torch.Tensor:
-    """Features (n, S, C) with white noise of a strength drawn for each image, up to `feature_noise` channel
-    deviations."""
+def with_noise(features: torch.Tensor, feature_noise: float, num_tokens: int) -> torch.Tensor:
+    """The first tokens (n, num_tokens, C) of features (n, S, C) with white noise of a strength drawn for each image,
+    up to `feature_noise` deviations of the channel over all S."""
+    deviation = features.std(dim=(0, 1), keepdim=True)
+    shown = features[:, :num_tokens]
     strength = feature_noise * torch.rand(features.shape[0], 1, 1, device=features.device, dtype=features.dtype)
-    return features + strength * features.std(dim=(0, 1), keepdim=True) * torch.randn_like(features)
+    return shown + strength * deviation * torch.randn_like(shown)

@@ -180,7 +180,8 @@ class PumaProcessor(ProcessorMixin):
         for sample, sample_boxes in zip(texts, boxes, strict=True):
             marks = MARKUP.findall(sample)
             sample_sizes = [next(sizes) for _ in range(marks.count(IMAGE_TOKEN))]
-            locations = iter(self.locate_boxes(marks, sample_boxes or [], sample_sizes))
+            own_boxes = [] if sample_boxes is None else sample_boxes
+            locations = iter(self.locate_boxes(marks, own_boxes, sample_sizes))
             pieces = [next(locations) if piece == BOX_MARK else piece for piece in MARKUP.split(sample)]
             written.append("".join(pieces))
         return written
@@ -200,7 +201,7 @@ class PumaProcessor(ProcessorMixin):
         """
         if marks.count(BOX_MARK) != len(boxes):
             raise ValueError(f"the text holds {marks.count(BOX_MARK)} {BOX_MARK} but {len(boxes)} boxes were given")
-        if not boxes:
+        if not len(boxes):
             return []
         if IMAGE_TOKEN not in marks:
             raise ValueError(f"the text has {len(boxes)} boxes but no {IMAGE_TOKEN} that they belong to")
@@ -242,7 +243,12 @@ class PumaProcessor(ProcessorMixin):
         return [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in cells]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is a special token, without BOS or EOS."""
+        """Ids of a text in which nothing is a special token, without BOS or EOS.
+
+        Raises:
+            UnicodeEncodeError: half a surrogate pair, which is no text; a `ValueError`.
+        """
+        text.encode()
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode_marked(self, text: str, locations: Iterable[str] = ()) -> list[int]:
@@ -374,6 +380,7 @@ class PumaProcessor(ProcessorMixin):
 
     def _shield(self, text: str) -> str:
         """Wraps what would become a special token, for `_encode_shielded`."""
+        text.encode()  # raises what `encode_plain` does
         special = "|".join(re.escape(token) for token in [*self._special_tokens().values(), SHIELD[0]])
         return re.sub(special, lambda match: f"{SHIELD[0]}{match[0]}{SHIELD[1]}", text)
 
@@ -418,11 +425,13 @@ def _marks(messages: list[dict]) -> list[str]:
     return marks
 
 
-def _check_batch(texts: list[str], others: list, name: str, other_name: str = "images"):
+def _check_batch(texts: list[str], others: Sequence, name: str, other_name: str = "images"):
     if isinstance(texts, str):
         raise ValueError(f"{name} must be a list of strings, got the string {texts!r}")
     if len(texts) != len(others):
         raise ValueError(f"got {len(texts)} {name} but {len(others)} lists of {other_name}: expected one for each")
+    if other_name == "images" and not all(isinstance(group, (list, tuple)) for group in others):
+        raise ValueError(f"images must hold a list of pictures for each of the {name}, such as [[picture]]")
 
 
 def _nested_images(images) -> list[list]:

@@ -114,7 +114,7 @@ class DecoderStageMixin:
                 bar.update()
                 if callback is not None:
                     tensors = {"latents": latents, "encoder_hidden_states": states[scale]}
-                    changed = callback(self, step, timestep, {name: tensors[name] for name in callback_tensors})
+                    changed = callback(self, step, timestep, {name: tensors[name] for name in callback_tensors}) or {}
                     latents = changed.get("latents", latents)
                     states[scale] = changed.get("encoder_hidden_states", states[scale])
                 if self.interrupt:

@@ -144,8 +144,8 @@ def check_size(height: int, width: int, factor: int) -> None:
 
 
 def check_at_least_one(value: int, name: str) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def check_noise(

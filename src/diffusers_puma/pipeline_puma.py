@@ -52,7 +52,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
 
     Args:
         vae: its latents are what the decoders denoise.
-        scheduler: any of diffusers; the report samples with `DDPMScheduler`.
+        scheduler: any of diffusers but those of flow matching; the report samples with `DDPMScheduler`.
         mllm: the language model. Its vision tower is then the image encoder.
         processor: of the language model.
         image_encoder: the encoder of a pipeline without language model.
@@ -122,6 +122,20 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             wanted = as_scales(scales, present, present, IMAGE_SCALE) if scales != [] else []
             kwargs = {f"unet_{s}": None for s in range(NUM_SCALES) if s not in wanted} | kwargs
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """As `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: a decoder with LoRA layers, whose weights would be saved under names that nothing reads.
+        """
+        adapted = [scale for scale in self.scales if getattr(self._unet(scale), "peft_config", None)]
+        if adapted:
+            raise ValueError(
+                f"the decoders of scales {adapted} hold LoRA layers: save those by save_lora_weights, and the "
+                "pipeline after unload_lora_weights(), or after fuse_lora() and unload_lora_weights() with them in it"
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json`.
@@ -207,6 +221,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         check_at_least_one(num_images_per_prompt, "num_images_per_prompt")
         shape = self._latents_shape(min(scales), batch_size * num_images_per_prompt, height, width)
         check_noise(generator, latents, shape)
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise ValueError(f"a {type(self.scheduler).__name__} does not start from scaled noise, as a decoder must")
         check_output_type(output_type)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs

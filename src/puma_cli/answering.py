@@ -84,9 +84,12 @@ def read_messages(messages: list[dict[str, Any]]) -> Conversation:
 def _read_part(part: Any, where: str, images: list[Image.Image]) -> dict[str, Any]:
     """A part as the chat template takes it; its picture, if it is one, is added to `images`."""
     match part:
-        case {"type": "text", "text": str(text)}:
+        case {"type": "text", "text": str(text), **rest} if not rest:
             return {"type": "text", "text": text}
-        case {"type": "image_url", "image_url": {"url": str(url)}}:
+        case {"type": "image_url", "image_url": {"url": str(url), **options}, **rest} if not rest and options in (
+            {},
+            {"detail": "auto"},
+        ):
             images.append(_read_data_url(url, where))
             return {"type": "image"}
     raise UserError(f"{where} must be a text or an image_url part, got {shown(part)}")

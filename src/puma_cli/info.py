@@ -34,6 +34,9 @@ def run(args: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (a model on the Hub must be downloaded first)")
     parts = {name: folder / name for name in model.components} or {_kind(model): folder}
+    for name in [*(f"unet_{scale}" for scale in model.decoders), *(["vae"] if model.decoders else [])]:
+        if not (folder / name / CONFIG).is_file():
+            raise UserError(f"{folder / name / CONFIG} is missing: the folder is not complete")
     tensors = {name: _read_weights(part) for name, part in parts.items()}
     print("\n".join([*_summary(model, folder, tensors), "", *_table(_rows(model, parts, tensors))]))
 

@@ -53,6 +53,8 @@ class NoSuchModel(ValueError):
 
 
 def _parse_scale(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"must be a scale, all, best or a schedule such as '3:0.4,0', got {shown(value)}")
     try:
         return scale_schedule_or_best(str(value))
     except argparse.ArgumentTypeError as error:
@@ -229,17 +231,19 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
             stop.set()
             working.cancel()  # if its turn has not come
 
+    # On the event loop, as none of them waits: the threads may all be busy with pictures.
+
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [served]}
 
     @app.get("/v1/models/{model:path}")
-    def model(model: str) -> dict[str, Any]:
+    async def model(model: str) -> dict[str, Any]:
         check_model(model)
         return served
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.exception_handler(RequestValidationError)

@@ -102,14 +102,14 @@ def _options(pipe: PumaPipeline, scale_info: str) -> list[gr.components.Componen
         return [
             scale,
             gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures", info="of each scale, from different noise"),
-            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED),
+            gr.Number(0, label="Seed", info="empty for a random one", precision=0, minimum=0, maximum=MAX_SEED),
             gr.Slider(1, 1000, pipe.config.default_num_inference_steps, step=1, label="Denoising steps"),
             gr.Slider(1, 10, 2, step=0.1, label="Guidance", info="1 is none"),
         ]
 
 
 def _draw(
-    pipe: PumaPipeline, scale: int | str, number: float, seed: float, steps: float, guidance: float, **inputs
+    pipe: PumaPipeline, scale: int | str, number: float, seed: float | None, steps: float, guidance: float, **inputs
 ) -> list[tuple[Image.Image, str]]:
     """Pictures with their captions; `inputs` are the prompt and the pictures of the pipeline's call."""
     pictures = pipe(
@@ -118,7 +118,7 @@ def _draw(
         num_images_per_prompt=int(number),
         num_inference_steps=int(steps),
         guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(int(seed)),
+        generator=None if seed is None else torch.Generator().manual_seed(int(seed)),
     ).images
     if isinstance(pictures, dict):
         return [(item, f"scale {k}") for k, items in pictures.items() for item in items]

@@ -1,7 +1,7 @@
 """Configuration of PUMA: a decoder-only language model, a CLIP vision encoder, and the scales between them."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, PreTrainedConfig
 
 from .granularity import tokens_per_scale
 from .image_decoding_puma import IMAGE_DECODINGS
@@ -128,6 +128,13 @@ class PumaConfig(PreTrainedConfig):
         for field, known in (("image_decoding", IMAGE_DECODINGS), ("image_head", IMAGE_HEADS)):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} must be one of {', '.join(known)}")
+        if self.image_decoding == "next_scale" and any(
+            layer.is_sliding for layer in DynamicCache(config=self.text_config).layers
+        ):
+            raise ValueError(
+                "image_decoding='next_scale' has no mask for the sliding windows of text_config "
+                f"({self.text_config.model_type}): use 'autoregressive', or a text_config without sliding windows"
+            )
         if self.flow_width is not None and (self.flow_width < 2 or self.flow_width % 2):
             raise ValueError(f"flow_width={self.flow_width} must be an even number from 2, or None")
         for field in ("flow_num_layers", "flow_num_steps"):

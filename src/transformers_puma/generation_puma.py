@@ -251,6 +251,9 @@ class PumaGenerationMixin(GenerationMixin):
 
     def _write(self, rows: list["_Row"], generate_kwargs: dict):
         """Text for each row, until it ends, opens an image or has used up its budget."""
+        if (config := generate_kwargs.get("generation_config")) is not None:  # keywords win, as in `generate`
+            ends = {name: getattr(config, name) for name in ("eos_token_id", "suppress_tokens")}
+            generate_kwargs = {name: value for name, value in ends.items() if value is not None} | generate_kwargs
         eos = generate_kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         stops = [*(eos if isinstance(eos, list) else [] if eos is None else [eos]), self.config.image_start_token_id]
         own = [self.config.image_token_id, self.config.image_end_token_id]

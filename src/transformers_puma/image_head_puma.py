@@ -11,6 +11,9 @@ from torch import nn
 class PumaRegressionHead(nn.Linear):
     """One Linear: a feature is the mean of what may stand there (report section 3.3)."""
 
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states.to(self.bias.dtype))  # may be trained in fp32 on a backbone in half precision
+
     def loss_pair(
         self, states: torch.Tensor, features: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,12 +55,12 @@ class PumaFlowHead(nn.Module):
 
     def forward(self, noisy: torch.Tensor, time: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Velocity (.., C) at x_t `noisy` (.., C) and t `time` (..) in [0, 1], given `states` (.., H)."""
-        return self._velocity(noisy, self._embed(time), self.state_proj(states))
+        return self._velocity(noisy, self._embed(time), self._project(states))
 
     def _velocity(self, noisy: torch.Tensor, times: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """As `forward`, from embedded times and projected states, (.., width) both."""
         condition = states + times
-        hidden = self.in_proj(noisy.to(self.in_proj.weight.dtype))
+        hidden = self.in_proj(noisy.to(self.in_proj.bias.dtype))
         for layer in self.layers:
             hidden = layer(hidden, condition)
         return self.out_proj(F.silu(hidden))
@@ -73,10 +76,15 @@ class PumaFlowHead(nn.Module):
 
     def predict(self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
         """Features (B, m, C) from states (B, m, H) and unit noise (B, m, C), by `num_steps` Euler steps."""
-        sample, projected = noise, self.state_proj(states)
+        sample, projected = noise, self._project(states)
         for times in self._embed(torch.arange(num_steps, device=noise.device) / num_steps):
             sample = sample + self._velocity(sample, times, projected).float() / num_steps
         return (sample * self.std[scales] + self.mean[scales]).to(states.dtype)
+
+    # A weight may be quantised: the bias has the type of what is computed.
+
+    def _project(self, states: torch.Tensor) -> torch.Tensor:
+        return self.state_proj(states.to(self.state_proj.bias.dtype))
 
     def _embed(self, time: torch.Tensor) -> torch.Tensor:
         """Times (..) -> (.., width), from their sines and cosines."""
@@ -84,7 +92,7 @@ class PumaFlowHead(nn.Module):
         frequencies = torch.logspace(0, 3, half, device=time.device)
         angles = time.float().unsqueeze(-1) * frequencies
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.time_proj(waves.to(self.in_proj.weight.dtype))
+        return self.time_proj(waves.to(self.in_proj.bias.dtype))
 
 
 class FlowLayer(nn.Module):

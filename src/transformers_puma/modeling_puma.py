@@ -105,11 +105,12 @@ class PumaModel(PumaPreTrainedModel):
         return self.projector(features.to(self.projector.bias.dtype))  # the weight may be quantised
 
     def read_states(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, S, C) -> (n, S, H), what is fed of images that are given, see `image_decoding_puma`."""
+        """(n, m, C), the first m tokens of images -> (n, m, H), what is fed of images that are given, see
+        `image_decoding_puma`."""
         states = self._project(features)
         if self.config.image_decoding == "autoregressive":
             return states
-        return states + self.image_queries(torch.arange(self.config.image_seq_length, device=features.device))
+        return states + self.image_queries(torch.arange(features.shape[1], device=features.device))
 
     def written_states(self, features: torch.Tensor, positions: slice) -> torch.Tensor:
         """What is fed at some positions of images that are being written, see `image_decoding_puma`.
@@ -147,18 +148,17 @@ class PumaModel(PumaPreTrainedModel):
             states: (n, S, H), `read_states` of the features, if that was done already.
         """
         positions = ImagePositions.find(input_ids, self.config.image_token_id)
-        self._check_images(positions, features if states is None else states)
+        num_tokens = self._check_images(positions, features if states is None else states)
         if image_loss_mask is not None and image_loss_mask.shape != features.shape[:1]:
             raise ValueError(
                 f"image_loss_mask has shape {tuple(image_loss_mask.shape)}: expected one bool for each of the "
                 f"{features.shape[0]} images"
             )
-        if feature_noise:
-            features = with_noise(features, feature_noise)
-        if states is None or feature_noise:
-            states = self.read_states(features)
+        # What no row has room for is most of the images where rows end after a coarse scale.
+        given = with_noise(features, feature_noise, num_tokens) if feature_noise else features[:, :num_tokens]
+        states = self.read_states(given) if states is None or feature_noise else states[:, :num_tokens]
         if self.config.image_decoding != "autoregressive" and image_loss_mask is not None:
-            written = self.written_states(features, slice(0, features.shape[1]))
+            written = self.written_states(given, slice(0, num_tokens))
             states = torch.where(image_loss_mask.to(states.device, torch.bool)[:, None, None], written, states)
         inputs_embeds = self.get_input_embeddings()(input_ids)
         return splice(inputs_embeds, states, positions, self._is_read(positions, image_loss_mask)), positions
@@ -279,18 +279,20 @@ class PumaModel(PumaPreTrainedModel):
             states = states + self.written_states(features, slice(0, features.shape[1]))
         return states.mean()  # a sum may leave the range of fp16
 
-    def _check_images(self, positions: ImagePositions, images: torch.Tensor):
+    def _check_images(self, positions: ImagePositions, images: torch.Tensor) -> int:
+        """How many tokens of the images (n, S, ...) there are placeholders for: those of the longest run."""
         runs = positions.image[-1, -1] + 1
         longest = torch.where(positions.mask, positions.offset + 1, 0).max()
         if torch.compiler.is_compiling():
             # Looking at values would split the graph.
             fits = (runs == images.shape[0]) & (longest <= images.shape[1])
             torch._assert_async(fits, "the images are not as many or as long as their placeholders")
-            return
+            return images.shape[1]
         if runs != images.shape[0]:
             raise ValueError(f"the text holds {int(runs)} images, but {images.shape[0]} were given")
         if longest > images.shape[1]:
             raise ValueError(f"a run of image placeholders is longer than the {images.shape[1]} tokens of an image")
+        return int(longest)
 
 
 class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):

@@ -1,9 +1,11 @@
 """Folders that `PumaPipeline` saves, through every loader that should read them, and LoRA files."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 from diffusers_puma import PumaPipeline
+from diffusers_puma.folders import new_folder
 from tests.hub_server import HubServer
 from transformers_puma import PumaForConditionalGeneration, PumaModel, PumaProcessor
 
@@ -182,6 +185,29 @@ def lora(pipe: PumaPipeline, scale: int, seed: int = 0) -> dict[str, torch.Tenso
     return layers
 
 
+class TestNewFolder:
+    @pytest.mark.parametrize("kind", ["new", "empty", "link", "here"])
+    def test_all_or_nothing(self, tmp_path, monkeypatch, kind):
+        folder, real = tmp_path / "folder", tmp_path / "real"
+        if kind != "new":
+            real.mkdir()
+            folder.symlink_to(real) if kind == "link" else real.rename(folder)
+        if kind == "here":
+            monkeypatch.chdir(folder)
+            folder = Path(".")
+        for fails in (True, False):
+            with contextlib.suppress(KeyError), new_folder(folder) as work:
+                (work / "part").mkdir()
+                (work / "model_index.json").write_text("{}")
+                if fails:
+                    raise KeyError
+            names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+            assert names == ([] if fails else ["model_index.json", "part"])
+        assert folder.is_symlink() == (kind == "link")
+        with pytest.raises(FileExistsError, match="must be a new or an empty folder"), new_folder(folder):
+            pass
+
+
 class TestLora:
     def test_round_trip(self, decoder_pipeline, tmp_path):
         layers = {scale: lora(decoder_pipeline, scale) for scale in (2, 3)}
@@ -205,6 +231,19 @@ class TestLora:
         decoder_pipeline.unload_lora_weights()
         assert decoder_pipeline.get_list_adapters() == {}
         torch.testing.assert_close(image(decoder_pipeline), plain)
+
+    def test_is_not_saved_within_the_pipeline(self, decoder_pipeline, tmp_path):
+        PumaPipeline.save_lora_weights(tmp_path, {3: lora(decoder_pipeline, 3)})
+        decoder_pipeline.load_lora_weights(tmp_path, scale=3, adapter_name="style")
+        expected = image(decoder_pipeline)
+        with pytest.raises(ValueError, match=r"scales \[3\] hold LoRA layers"):
+            decoder_pipeline.save_pretrained(tmp_path / "pipeline")
+        assert not (tmp_path / "pipeline").exists()
+        decoder_pipeline.fuse_lora(components=["unet_3"])
+        decoder_pipeline.unload_lora_weights()
+        decoder_pipeline.save_pretrained(tmp_path / "pipeline")
+        again = PumaPipeline.from_pretrained(tmp_path / "pipeline")
+        torch.testing.assert_close(image(again), expected, atol=1e-4, rtol=0)
 
     def test_all_scales_of_a_file(self, decoder_pipeline, tmp_path):
         PumaPipeline.save_lora_weights(tmp_path, {scale: lora(decoder_pipeline, scale) for scale in (0, 4)})

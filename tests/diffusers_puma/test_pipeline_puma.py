@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -269,6 +270,14 @@ class TestCallbacks:
         assert all(not value.any() for value in latents.values())
         assert decoder_pipeline.current_scale is None
 
+    def test_may_change_nothing(self, decoder_pipeline, pictures):
+        def decode(callback=None):
+            generator = torch.Generator().manual_seed(0)
+            options = {"scale": 4, "output_type": "pt", "callback_on_step_end": callback}
+            return decoder_pipeline(image=pictures[0], generator=generator, **options).images
+
+        assert torch.equal(decode(lambda *_: None), decode())
+
     def test_a_callback_of_diffusers_says_what_it_takes(self, decoder_pipeline, pictures):
         seen = []
 
@@ -504,8 +513,15 @@ class TestErrors:
             ({"prompt": "a", "scale": "best", "scorer": len, "output_type": "latent"}, "output_type='latent'"),
             ({"prompt": "a", "height": 15}, "height must be a positive multiple of 2, got 15"),
             ({"prompt": "a", "width": 0}, "width must be a positive multiple of 2, got 0"),
-            ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
-            ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+            (
+                {"prompt": "a", "num_inference_steps": 0},
+                "num_inference_steps must be a whole number of at least 1, got 0",
+            ),
+            ({"prompt": "a", "num_inference_steps": 2.0}, "a whole number of at least 1, got 2.0"),
+            (
+                {"prompt": "a", "num_images_per_prompt": 0},
+                "num_images_per_prompt must be a whole number of at least 1, got 0",
+            ),
             ({"prompt": "a", "generator": seeds(0, 1)}, "2 generators for 1 images"),
             ({"prompt": "a", "latents": torch.zeros(1, 4, 8, 9)}, r"latents must be of shape \(1, 4, 8, 8\), got"),
             ({"prompt": "a", "output_type": "jpeg"}, "output_type must be one of.*got 'jpeg'"),
@@ -556,6 +572,13 @@ class TestErrors:
         components = {**full_pipeline.components, "image_encoder": decoder_pipeline.image_encoder}
         with pytest.raises(ValueError, match="mllm or image_encoder, not both"):
             PumaPipeline(**components)
+
+    def test_scheduler_of_flow_matching(self, full_pipeline):
+        full_pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+        used = count_calls(full_pipeline.mllm.model)
+        with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler does not start from scaled noise"):
+            full_pipeline("a")
+        assert not used
 
     def test_scorer_that_gives_too_few_scores(self, full_pipeline):
         with pytest.raises(ValueError, match="1 scores of the scorer and 5 images to rank"):

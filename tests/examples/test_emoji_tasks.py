@@ -105,7 +105,7 @@ def split(data, scenes) -> EmojiSplit:
     return EmojiSplit(EmojiPictures(emoji).described(), composed, numbers[0], 1000 + numbers[1])
 
 
-def rows_of(split: EmojiSplit, length: int = 64, kinds=(0.4, 0.1, 0.2, 0.1, 0.1, 0.05, 0.05), **mix) -> EmojiRows:
+def rows_of(split: EmojiSplit, length: int = 64, kinds=(0.35, 0.1, 0.2, 0.1, 0.1, *(0.05,) * 3), **mix) -> EmojiRows:
     return EmojiRows(split, num_scales=5, batch_size=8, length=length, seed=0, mix=TaskMix(kinds, **mix))
 
 
@@ -291,9 +291,7 @@ def test_rows_depend_on_seed_and_number_alone(split):
 
 def test_rows_of_a_batch_are_of_one_kind_and_end_at_one_scale(split):
     scales = (0.2, 0.4, 0.4, 0, 0)
-    rows = rows_of(
-        split, length=480, kinds=(1, 1, 1, 1, 1, 1, 1), finest_scale=scales, finest_scale_edits=(0, 0.5, 0.5, 0, 0)
-    )
+    rows = rows_of(split, length=480, kinds=(1,) * 8, finest_scale=scales, finest_scale_edits=(0, 0.5, 0.5, 0, 0))
     kinds = set()
     for start in range(0, 480, 8):
         batch = [rows[i] for i in range(start, start + 8)]
@@ -303,7 +301,7 @@ def test_rows_of_a_batch_are_of_one_kind_and_end_at_one_scale(split):
         }
         assert len(form) == 1
         kinds |= form
-    assert len(kinds) == 3 + 1 + 1 + 2 + 1
+    assert len(kinds) == 3 + 1 + 1 + 2 + 1 + 1
 
 
 def test_edits_lead_from_the_source_to_the_target(split):
@@ -326,13 +324,13 @@ def test_edits_lead_from_the_source_to_the_target(split):
                     assert len(fewer) == len(more) and any(t["adjective"] in instruction for t in more)
                 else:
                     assert len(more) - len(fewer) == {"add": 1, "remove": -1}[type]
-    rows = rows_of(split, kinds=(0, 0, 0, 1, 0, 0, 0))
+    rows = rows_of(split, kinds=(0, 0, 0, 1, 0, 0, 0, 0))
     for i in range(16):
         assert rows[i]["prompt"].startswith("<image>") and rows[i]["completion"] == "<image>"
 
 
 def test_a_condition_leads_to_the_picture_that_it_was_made_from(split):
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 1, 0, 0))
+    rows = rows_of(split, kinds=(0, 0, 0, 0, 1, 0, 0, 0))
     prompts = []
     for i in range(32):
         source, target = pictures_of(rows[i])
@@ -343,7 +341,7 @@ def test_a_condition_leads_to_the_picture_that_it_was_made_from(split):
 
 
 def test_an_album_is_to_be_named(split):
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 0, 1))
+    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 0, 1, 0))
     for i in range(8):
         pictures, turns = pictures_of(rows[i]), rows[i]["messages"]
         assert rows[i]["finest_given_scale"] == 2 and len(pictures) == 12 == len(turns) / 2
@@ -353,9 +351,36 @@ def test_an_album_is_to_be_named(split):
             assert answer["content"][0]["text"] == split.texts[number]["name"]
 
 
+def test_all_objects_of_scenes_are_to_be_named_by_place_or_by_box(split):
+    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 0, 0, 1))
+    seen = set()
+    for i in range(8):
+        pictures, turns = pictures_of(rows[i]), iter(rows[i]["messages"])
+        boxes = iter(rows[i].get("boxes", []))
+        assert rows[i]["finest_given_scale"] == 2 and len(pictures) == 6
+        for which, number in pictures:
+            objects, named = split.scenes[number]["objects"], []
+            for k in range(len(objects)):
+                question, answer = next(turns)["content"], next(turns)["content"][0]["text"]
+                assert which == "scenes" and [part["type"] for part in question] == ["image", "text"][k > 0 :]
+                text = question[-1]["text"]
+                seen.add(text)
+                box = next(boxes) if text == "What is in <box>?" else None
+                asked_for = [
+                    thing
+                    for thing in objects
+                    if (tuple(thing["box"]) == box if box else text.endswith(f" the {thing['place']}?"))
+                ]
+                assert [thing["name"] for thing in asked_for] == [answer]
+                named.append(objects.index(asked_for[0]))
+            assert sorted(named) == list(range(len(objects)))
+        assert not list(turns) and not list(boxes)
+    assert {"What is in <box>?", "What is on the left?", "What is at the top left?"} <= seen
+
+
 def test_a_patchwork_is_to_be_copied(split):
     """Its cells are of up to four pictures, whose numbers the features hold."""
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 1, 0))
+    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 1, 0, 0))
     sizes = set()
     for i in range(32):
         source, target = rows[i]["image_features"]
@@ -376,7 +401,7 @@ def test_a_patchwork_is_to_be_copied(split):
 
 def test_answers_are_true(split):
     rng = random.Random(0)
-    composed = [row for row in split.shown if split.origin(row)[0] != "emoji"]
+    composed = split.compositions
     for type in SCENE_TYPES:
         for number in composed:
             scene = split.scenes[number]
@@ -408,11 +433,11 @@ def test_answers_are_true(split):
 def test_questions_with_a_box_carry_it_and_the_picture_size(split):
     number = split.shown[0]
     asked = [split.question(("scenes", number), random.Random(0), type) for type in ("style", "grounding", "region")]
-    row = conversation(asked)
+    row = conversation([asked])
     assert row["boxes"] == [asked[1].box, asked[2].box] and row["image_sizes"] == [(64, 64)]
     assert row["messages"][3]["content"][0]["text"] == "<box>"
     assert [len(message["content"]) for message in row["messages"]] == [2, 1, 1, 1, 1, 1]
-    assert "boxes" not in conversation(asked[:1])
+    assert "boxes" not in conversation([asked[:1]])
 
 
 def test_questions_about_one_picture_are_of_different_types(split):
@@ -425,9 +450,11 @@ def test_questions_about_one_picture_are_of_different_types(split):
 def test_a_mix_that_the_split_cannot_serve_is_an_error(split):
     bare = EmojiSplit(split.texts[:1], [], split.features[:1])
     with pytest.raises(ValueError, match="share of 0.5 for scenes"):
-        rows_of(bare, kinds=(1, 0, 0, 0, 0, 0, 0), scenes=0.5)
+        rows_of(bare, kinds=(1, *(0,) * 7), scenes=0.5)
     with pytest.raises(ValueError, match="share of 1 for condition"):
-        rows_of(bare, kinds=(0, 0, 0, 0, 1, 0, 0), scenes=0)
+        rows_of(bare, kinds=(0, 0, 0, 0, 1, 0, 0, 0), scenes=0)
+    with pytest.raises(ValueError, match="share of 1 for find"):
+        rows_of(bare, kinds=(*(0,) * 7, 1), scenes=0)
     with pytest.raises(ValueError, match="must hold a share for each of"):
         rows_of(split, kinds=(1, 0, 0, 0))
 

@@ -338,6 +338,11 @@ class TestInfo:
             assert any(line.split()[:2] == [part, name] for line in out.splitlines())
             assert ("projector and heads" in out) == (part == "mllm")
 
+    @pytest.mark.parametrize("part", ["vae", "unet_1"])
+    def test_incomplete(self, fails, full_folder, tmp_path, part):
+        folder = copy(full_folder, tmp_path / "full", without=f"{part}/config.json")
+        fails(f"{folder / part / 'config.json'} is missing", "info", folder)
+
     def test_shards(self, run, tmp_path, language_model_folder):
         model = copy(language_model_folder, tmp_path / "model", without="model.safetensors")
         weights = list(load_file(language_model_folder / "model.safetensors").items())
@@ -369,6 +374,10 @@ class TestPictures:
         assert np.array(read_picture(file)).tolist() == [[[value] * 3 for value in (0, 1, 7, 8, 255)]]
 
     def test_cut_off(self, tmp_path):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "a.qoi")
+        (tmp_path / "a.qoi").write_bytes((tmp_path / "a.qoi").read_bytes()[:15])  # its decoder raises an IndexError
+        with pytest.raises(puma_cli.UserError, match="cannot read the picture .*a.qoi"):
+            read_picture(tmp_path / "a.qoi")
         (tmp_path / "a.png").write_bytes(PICTURE.read_bytes()[:500])
         with pytest.raises(puma_cli.UserError, match="cannot read the picture .*a.png"):
             read_picture(tmp_path / "a.png")

@@ -250,6 +250,7 @@ class TestServe:
         ("options", "text"),
         [
             ({"extra_body": {"scale": 7}}, "scale: must be 0 (finest) to 4 (coarsest), all or best, got '7'"),
+            ({"extra_body": {"scale": [3, 4]}}, "scale: must be a scale, all, best or a schedule"),
             ({"size": "big"}, "size: must be auto or WIDTHxHEIGHT in pixels, got 'big'"),
             ({"size": "15x16"}, "width must be a positive multiple of"),
             ({"n": 99}, "n: "),
@@ -281,6 +282,11 @@ class TestServe:
             ([{"type": "image_url", "image_url": {"url": "http://host/a.png"}}], "nothing is fetched: 'http://host"),
             ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}], "is not base64"),
             ([{"type": "input_audio", "input_audio": {}}], "messages[0].content[0] must be a text or an image_url"),
+            (
+                [{"type": "image_url", "image_url": {"url": "data:", "detail": "low"}}],
+                "must be a text or an image_url",
+            ),
+            ([{"type": "text", "text": "a", "name": "b"}], "must be a text or an image_url"),
             (5, "messages[0].content must be a text or a list of parts, got 5"),
         ],
     )

@@ -38,6 +38,7 @@ def test_round_trip(processor, tmp_path):
         ("text_config", {"text_config": {"model_type": "no such model"}}),
         ("num_location_tokens", {"num_location_tokens": -1}),
         ("image_decoding", {"image_decoding": "diffusion"}),
+        ("image_decoding", {"image_decoding": "next_scale", "text_config": {**TEXT, "model_type": "mistral"}}),
         ("image_head", {"image_head": "linear"}),
         ("flow_width", {"flow_width": 7}),
         ("flow_num_steps", {"flow_num_steps": 0}),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from transformers_puma import flatten_scales
 
@@ -223,6 +223,10 @@ def test_interleaved_generation_takes_ends_and_forbidden_tokens(model, processor
         **inputs, do_sample=False, max_new_tokens=3, eos_token_id=forbidden
     ).segments
     assert ended.tolist() == [forbidden]
+    for given, expected in (({"suppress_tokens": [forbidden]}, other), ({"eos_token_id": forbidden}, ended)):
+        config = GenerationConfig(**given, do_sample=False)
+        [[found]] = model.generate_interleaved(**inputs, max_new_tokens=3, generation_config=config).segments
+        assert torch.equal(found, expected)
 
 
 def test_a_prompt_whose_pictures_are_missing(model, processor, picture):

@@ -49,6 +49,15 @@ def test_a_new_head_predicts_no_velocity_and_standardises_nothing(processor):
     assert (head.mean == 0).all() and (head.std == 1).all()
 
 
+@pytest.mark.parametrize("head", ["regression", "flow"])
+def test_a_head_in_single_precision_behind_a_backbone_in_half(processor, head):
+    """As an adapter trains it; pictures are drawn without autocast."""
+    model = make_model(processor, image_head=head).to(torch.bfloat16)
+    model.image_head.float()
+    features = model.generate_image_features(**processor.prepare_generation(["a"]))
+    assert all(feature.isfinite().all() for feature in features.values())
+
+
 def test_statistics_are_set_saved_and_undone(processor, tmp_path):
     model = make_model(processor, image_head="flow")
     mean, std = torch.randn(32), torch.rand(32) + 0.5

@@ -248,6 +248,18 @@ def test_noise_is_on_what_is_read_not_on_the_targets(model, batch):
     assert not torch.allclose(noisy.last_hidden_state, clean.last_hidden_state)
 
 
+@pytest.mark.parametrize("image_decoding", ["autoregressive", "prefilled", "next_scale"])
+@pytest.mark.parametrize("written", [False, True])
+def test_an_image_that_ends_after_a_coarse_scale_begins_as_the_whole_one(processor, image_decoding, written):
+    model = make_model(processor, image_decoding=image_decoding)
+    inputs = processor(text=["a <image>"], images=[[make_picture(0)]], return_tensors="pt")
+    end = inputs["input_ids"][0].tolist().index(model.config.image_token_id) + sum(model.config.tokens_per_scale[1:])
+    features, mask = flatten_scales(model.encode_image(inputs["pixel_values"])), torch.tensor([written])
+    whole = model.model(inputs["input_ids"], image_features=features, image_loss_mask=mask)
+    short = model.model(inputs["input_ids"][:, :end], image_features=features, image_loss_mask=mask)
+    torch.testing.assert_close(short.last_hidden_state, whole.last_hidden_state[:, :end])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(processor, batch, dtype):
     model = make_model(processor).to(dtype)

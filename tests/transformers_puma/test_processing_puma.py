@@ -166,6 +166,11 @@ def test_prompts_and_questions_that_do_not_match_their_pictures(processor, pictu
         processor.prepare_question(["a"], [[picture], [picture]])
     with pytest.raises(ValueError, match="list of strings"):
         processor.prepare_generation("a")
+    for prepare in (processor.prepare_generation, processor.prepare_question):
+        with pytest.raises(ValueError, match=r"images must hold a list of pictures for each .*\[\[picture\]\]"):
+            prepare(["a"], [picture])
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            prepare(["a\ud800"], [[picture]])
 
 
 def test_boxes_in_questions(processor, picture):
@@ -175,6 +180,11 @@ def test_boxes_in_questions(processor, picture):
     decoded = processor.tokenizer.batch_decode(ids)
     assert "what is at <loc_0><loc_0><loc_112><loc_112>? <loc_5> ASSISTANT:" in decoded[0]
     assert decoded[1].endswith("[/IMG]<box> ASSISTANT:")
+    arrays = [np.array(boxes[0]), None]
+    text = [f"<image>{question}", "<image>a"]
+    images = [[picture], [picture]]
+    written = [processor(text=text, images=images, boxes=given)["input_ids"] for given in (arrays, boxes)]
+    assert written[0] == written[1]
     locations = set(processor.tokenizer.convert_tokens_to_ids([f"<loc_{i}>" for i in range(224)]))
     assert [sum(token in locations for token in row) for row in ids.tolist()] == [4, 0]
     with pytest.raises(ValueError, match="1 questions but 2 lists of boxes"):

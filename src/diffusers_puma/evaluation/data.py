@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from transformers_puma.pictures import as_rgb
 
@@ -218,5 +218,5 @@ def read_picture(file: Path) -> Image.Image:
             return as_rgb(opened)
     except FileNotFoundError as error:
         raise ValueError(f"no such picture: {file}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except Exception as error:  # the decoders raise errors of all kinds on damaged files
         raise ValueError(f"cannot read the picture {file}: {error}") from error

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor, BatchFeature
 
+from ..pictures import as_rgb
 from ..processing_puma import PumaProcessor
 from .understanding import MAX_NEW_TOKENS
 
@@ -131,4 +132,4 @@ def check_picture(visual: Any, task: str) -> Image.Image:
     """Raises `ValueError` for what is no picture, such as the file of a video."""
     if not isinstance(visual, Image.Image):
         raise ValueError(f"task {task} brings a {type(visual).__name__}, and PUMA reads pictures")
-    return visual.convert("RGB")
+    return as_rgb(visual)

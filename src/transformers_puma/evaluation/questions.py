@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from ..pictures import as_rgb
 from .runner import Row, bootstrap_mean
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -51,7 +52,7 @@ class Question:
     def open_picture(self) -> Image.Image:
         """The picture in RGB."""
         picture = Image.open(self.picture) if isinstance(self.picture, Path) else self.picture()
-        return picture.convert("RGB")
+        return as_rgb(picture)
 
 
 class Benchmark(ABC):

@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, field
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
@@ -43,7 +44,8 @@ class PumaDPOTrainer(RowsMixin, DPOTrainer):
     Takes the arguments of `trl.DPOTrainer`; `args` is a `PumaDPOConfig`. Data sets hold the rows of
     `PumaPreferenceCollator`. Only text is preferred, so the image head has no part and is frozen.
 
-    Without `ref_model` the reference is the model as given: a copy, or with PEFT the model without its adapter.
+    Without `ref_model` the reference is the model as given: a copy, or with `peft_config` the model without its
+    adapter; of a `PeftModel` TRL copies the adapter.
     """
 
     args: PumaDPOConfig
@@ -81,4 +83,10 @@ class PumaDPOTrainer(RowsMixin, DPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self.accelerator.unwrap_model(self.model).image_head.requires_grad_(False)
+        trained = self.accelerator.unwrap_model(self.model)
+        trained.image_head.requires_grad_(False)
+        if not isinstance(trained.get_output_embeddings(), nn.Linear):
+            raise ValueError(
+                "TRL scores preferences by the weight of the text head alone, without rows that an adapter trains: "
+                "merge that adapter into the model, or make one with puma_lora_config(model, token_ids=[])"
+            )

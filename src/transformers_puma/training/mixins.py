@@ -129,6 +129,7 @@ class ModelLossMixin(PumaTrainerMixin):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        self._parts[False].clear()  # of an evaluation that failed part way
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         parts = self._averaged_parts(training=False)
         config = self.accelerator.unwrap_model(self.model).config

@@ -28,12 +28,18 @@ def load_model_and_processor(
     model: str | PreTrainedModel, processor: ProcessorMixin | None, model_init_kwargs: dict | None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model given as a folder or Hub id is loaded, in float32 unless `model_init_kwargs` says otherwise, and so is
-    its processor if none is given."""
+    its processor if none is given.
+
+    Raises:
+        ValueError: no processor; `model_init_kwargs` for a model that is loaded already.
+    """
     if isinstance(model, str):
         processor = processor or AutoProcessor.from_pretrained(model)
         model = PumaForConditionalGeneration.from_pretrained(
             model, **{"dtype": torch.float32, **(model_init_kwargs or {})}
         )
+    elif model_init_kwargs:
+        raise ValueError(f"model_init_kwargs={model_init_kwargs} has no part in a model that is given: set it there")
     if processor is None:
         raise ValueError("processing_class (the model's PumaProcessor) is needed")
     return model, processor

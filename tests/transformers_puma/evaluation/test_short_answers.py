@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+from PIL import Image
 
 from tests.transformers_puma.conftest import make_picture
 from transformers_puma.evaluation.gqa import GQA
@@ -159,6 +160,11 @@ def test_table_against_the_majority(table):
     assert scores["questions: count"] == {"accuracy": 100, "majority": 100, "gain": 0}
     worse = means(table.scores(judged(table, dict.fromkeys(range(4), "dog"))))
     assert worse["questions"] == {"accuracy": 0, "majority": 75, "gain": -75}
+
+
+def test_transparent_parts_are_white_as_in_training(table):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(table.data / "a.png")
+    assert table.questions[0].open_picture().getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_table_as_a_dataset(table, tmp_path):

@@ -3,7 +3,7 @@ import torch
 from datasets import IterableDataset
 from torch.nn import functional as F
 
-from transformers_puma.training import PumaDPOConfig, PumaDPOTrainer, puma_lora_config
+from transformers_puma.training import PumaDPOConfig, PumaDPOTrainer, puma_lora_config, puma_token_ids
 
 from ..conftest import make_model, make_picture
 
@@ -111,6 +111,11 @@ def test_what_is_refused(processor, tmp_path):
         PumaDPOConfig(str(tmp_path), use_cpu=True, bf16=False, precompute_ref_log_probs=True)
     with pytest.raises(ValueError, match="args must be a PumaDPOConfig"):
         PumaDPOTrainer(make_model(processor), args=object(), processing_class=processor)
+    model = make_model(processor)
+    with pytest.raises(ValueError, match="merge that adapter into the model, or make one with .*token_ids="):
+        make_trainer(processor, tmp_path, model, peft_config=puma_lora_config(model, puma_token_ids(processor), r=4))
+    with pytest.raises(ValueError, match="model_init_kwargs=.* has no part in a model that is given"):
+        make_trainer(processor, tmp_path, make_model(processor), model_init_kwargs={"dtype": "float32"})
 
 
 def test_the_collator_knows_the_scales(processor, model, tmp_path):

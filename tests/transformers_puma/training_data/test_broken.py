@@ -6,9 +6,18 @@ import logging
 
 import pytest
 import zstandard
+from datasets import Features, IterableDataset, Value
 from torch.utils.data import DataLoader
 
-from transformers_puma.training.data import TooManyBrokenSamplesError, build_training_data, load_source
+from transformers_puma.training.data import (
+    BrokenSampleError,
+    SampleCounter,
+    TooManyBrokenSamplesError,
+    build_training_data,
+    load_source,
+)
+from transformers_puma.training.data.readers import Reader
+from transformers_puma.training.data.samples import make_sample
 
 from .writers import encoded, img2dataset_sample, picture, truncated, write_json_lines, write_picture, write_tar
 
@@ -176,6 +185,24 @@ def test_too_many_broken_samples_stop_the_stream(tmp_path):
         list(strict)
     late = build_training_data(sources, "text_to_image", max_broken_share=0.2, **options | {"min_samples": 21})
     assert len(list(late)) == 34
+
+
+def test_the_share_is_of_samples_not_of_records():
+    """Of each record's four samples one is broken; a record that cannot be parsed counts as one."""
+
+    def torn(*_) -> list:
+        raise BrokenSampleError("torn")
+
+    stream = IterableDataset.from_generator(lambda: iter([{"a": 1}] * 8), features=Features({"a": Value("int64")}))
+    counter = SampleCounter("source", max_broken_share=0.3, min_samples=8)
+    whole = Reader(stream, lambda raw: [make_sample("key", {})] * 4, str).samples(counter)
+    for number, _ in enumerate(whole):
+        if number % 4 == 0:
+            assert counter.skip_if_broken("place", torn) == []
+    assert (counter.read, counter.broken) == (32, 8)
+    records = SampleCounter("source", max_broken_share=1)
+    assert list(Reader(stream, torn, str).samples(records)) == []
+    assert (records.read, records.broken) == (8, 8)
 
 
 def test_a_worker_stops_the_loader(tmp_path):

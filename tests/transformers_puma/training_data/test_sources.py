@@ -315,6 +315,14 @@ def test_folder_of_pictures_and_texts(tmp_path):
     ]
 
 
+def test_folder_of_pictures_of_any_name(tmp_path):
+    for i, name in enumerate(["a.png", "b.PNG", "c [1].Jpg"]):
+        write_picture(tmp_path / name, seed=i)
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    rows = load_source("folder", str(tmp_path), stage="text_to_image")
+    assert captions(list(rows)) == ["a.png", "b.PNG", "c [1].Jpg"]
+
+
 def test_folder_with_metadata(tmp_path):
     for i in range(2):
         write_picture(tmp_path / f"{i}.png", seed=i)

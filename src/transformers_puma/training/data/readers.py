@@ -24,7 +24,8 @@ class Reader:
     place: Callable[[dict[str, Any]], str]
 
     def samples(self, counter: SampleCounter) -> IterableDataset:
-        """The stream of samples (`SAMPLE_FEATURES`); `counter` counts each raw record."""
+        """The stream of samples (`SAMPLE_FEATURES`); `counter` counts each, and each record that
+        cannot be parsed."""
         return self.stream.map(
             _Parse(self.parse, self.place, counter),
             batched=True,  # the form of `map` in which one record can become no samples, or several
@@ -42,8 +43,8 @@ class _Parse:
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         raw = {name: column[0] for name, column in batch.items()}
-        self.counter.read += 1
-        samples = self.counter.skip_if_broken(self.place(raw), self._parse, raw)
+        samples = self.counter.skip_if_broken(self.place(raw), self._parse, raw, uncounted=True)
+        self.counter.read += len(samples)
         source = self.counter.source
         return {name: [(sample | {"source": source})[name] for sample in samples] for name in SAMPLE_FEATURES}
 

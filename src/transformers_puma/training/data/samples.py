@@ -64,8 +64,11 @@ class SampleCounter:
         # `interleave_datasets` copies its streams; the counts of one source stay together.
         return self
 
-    def skip_if_broken(self, place: str, make: Callable[..., list], *args: Any) -> list:
+    def skip_if_broken(self, place: str, make: Callable[..., list], *args: Any, uncounted: bool = False) -> list:
         """What `make(*args)` returns, or nothing if it finds the sample broken.
+
+        Args:
+            uncounted: the sample is not among those read yet, and what `make` returns is not counted here.
 
         Raises:
             TooManyBrokenSamplesError: with this one, more than the allowed share are broken.
@@ -73,6 +76,7 @@ class SampleCounter:
         try:
             return make(*args)
         except BrokenSampleError as error:
+            self.read += uncounted
             self.broken += 1
             counts = f"{self.broken} of {self.read} samples broken"
             logger.warning("%s: skipped %s: %s (%s)", self.source, place, error, counts)
@@ -154,6 +158,5 @@ def open_image(image: dict, min_size: int = 1) -> Image.Image | None:
             if min(opened.size) < min_size:
                 return None
             return as_rgb(opened)
-    # Image.open and the decoders behind it raise many kinds of errors on damaged files.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the decoders raise errors of all kinds on damaged files
         raise BrokenSampleError(f"unreadable picture: {error}") from error
