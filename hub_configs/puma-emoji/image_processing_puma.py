@@ -1,7 +1,10 @@
 """Pixels for the encoder: straight resize to its size, CLIP mean and standard deviation (report section 3.1)."""
 
+from PIL import Image
 from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from .pictures import as_rgb
 
 
 class PumaImageProcessor(CLIPImageProcessorPil):
@@ -13,3 +16,7 @@ class PumaImageProcessor(CLIPImageProcessorPil):
     resample = PILImageResampling.BILINEAR
     size = {"height": 224, "width": 224}
     do_center_crop = False
+
+    def convert_to_rgb(self, image, input_data_format=None):
+        """Of a PIL picture what `as_rgb` gives: upright, for one."""
+        return super().convert_to_rgb(as_rgb(image) if isinstance(image, Image.Image) else image, input_data_format)

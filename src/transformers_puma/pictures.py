@@ -1,6 +1,6 @@
 """Pictures of any kind in RGB."""
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -12,3 +12,9 @@ def as_rgb(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """(width, height) of `as_rgb` of it."""
+    is_lying = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    return picture.size[::-1] if is_lying else picture.size

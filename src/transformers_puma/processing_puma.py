@@ -18,6 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_puma import PumaImageProcessor
+from .pictures import upright_size
 
 IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN = "[IMG]", "[/IMG]", "<image>"
 BOX_MARK = "<box>"
@@ -243,12 +244,8 @@ class PumaProcessor(ProcessorMixin):
         return [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in cells]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is a special token, without BOS or EOS.
-
-        Raises:
-            UnicodeEncodeError: half a surrogate pair, which is no text; a `ValueError`.
-        """
-        text.encode()
+        """Ids of a text in which nothing is a special token, without BOS or EOS."""
+        text.encode()  # a ValueError for what is no Unicode, of which tokenizers say only that its type is wrong
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode_marked(self, text: str, locations: Iterable[str] = ()) -> list[int]:
@@ -446,6 +443,6 @@ def _nested_images(images) -> list[list]:
 def _size(image) -> tuple[int, int]:
     """(width, height) of a picture."""
     if isinstance(image, Image.Image):
-        return image.size
+        return upright_size(image)
     height, width = get_image_size(to_numpy_array(image))
     return width, height

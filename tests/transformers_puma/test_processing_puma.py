@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers import AddedToken
 
 from transformers_puma import PumaImageProcessor, PumaProcessor, add_puma_tokens
+from transformers_puma.training import PumaDataCollator
 
 from .conftest import IMAGE_LENGTH, make_picture, make_processor
 
@@ -171,6 +172,16 @@ def test_prompts_and_questions_that_do_not_match_their_pictures(processor, pictu
             prepare(["a"], [picture])
         with pytest.raises(ValueError, match="surrogates not allowed"):
             prepare(["a\ud800"], [[picture]])
+
+
+def test_a_lying_picture_is_read_upright(processor, picture):
+    lying = picture.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    read, upright = (processor.prepare_question(["<box>"], [[p]], [[(0, 0, 20, 15)]]) for p in (lying, picture))
+    assert read["input_ids"].equal(upright["input_ids"]) and read["pixel_values"].equal(upright["pixel_values"])
+    row = {"prompt": "<image><box>", "completion": "a", "boxes": [(0, 0, 20, 15)]}
+    read, upright = (PumaDataCollator(processor)([{**row, "images": [p]}]) for p in (lying, picture))
+    assert read["input_ids"].equal(upright["input_ids"]) and read["pixel_values"].equal(upright["pixel_values"])
 
 
 def test_boxes_in_questions(processor, picture):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..pictures import upright_size
 from ..processing_puma import MARKUP, PumaProcessor
 
 Row = dict[str, Any]
@@ -187,7 +188,7 @@ def _picture_sizes(row: Row) -> list[tuple[int, int]]:
     if not row.get("boxes"):
         return []
     if "image_features" not in row:
-        return [image.size for image in row.get("images", [])]
+        return [upright_size(image) for image in row.get("images", [])]
     if "image_sizes" not in row:
         raise ValueError("boxes in a row with image_features need image_sizes, the (width, height) of each picture")
     return row["image_sizes"]
