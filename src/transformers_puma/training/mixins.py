@@ -23,6 +23,9 @@ class PumaTrainerMixin(ResumableTrainerMixin):
                 f"projector_learning_rate={self.args.projector_learning_rate} has no part in an optimizer that is "
                 "given: set the rates of its groups"
             )
+        self._freeze_encoder()
+
+    def _freeze_encoder(self) -> None:
         for module in self.model.modules():
             if isinstance(module, PumaModel):
                 module.vision_tower.requires_grad_(False)
@@ -31,6 +34,7 @@ class PumaTrainerMixin(ResumableTrainerMixin):
         """Stock groups (with and without weight decay), each split in two where the projector has its own rate."""
         if self.optimizer is not None:  # the caller's, or that of an earlier `train()`, whose groups are split
             return self.optimizer
+        self._freeze_encoder()  # the model may be a new one, of `model_init`
         optimizer = super().create_optimizer(model)
         if self.args.projector_learning_rate is not None:
             names = {id(parameter): name for name, parameter in (model or self.model).named_parameters()}

@@ -200,6 +200,7 @@ def test_a_model_that_is_made_at_the_start_of_training(processor, rows, tmp_path
     )
     trainer.train()
     assert history(trainer, "train_loss")
+    assert not any(parameter.requires_grad for parameter in trainer.model.model.vision_tower.parameters())
 
 
 def test_an_optimizer_that_is_given_has_its_own_rates(processor, rows, tmp_path):
