@@ -85,7 +85,8 @@ def test_killed_run_goes_on_to_the_same_losses(processor, tmp_path, kind):
     unbroken.train(resume_from_checkpoint=True)
 
     broken = tmp_path / "broken"
-    process = multiprocessing.get_context("fork").Process(target=train_until_killed, args=(kind, processor, broken))
+    # Not forked: autograd cannot go on in a fork of a process in which it had threads, as another test may have made.
+    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(kind, processor, broken))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
