@@ -216,9 +216,7 @@ class EmojiRows(Dataset):
         """Emoji to be named. There are many names, so it takes many pictures; their coarse scales are enough."""
         rows = [self.split.draw_emoji(rng) for _ in range(ALBUM)]
         asked = [[EMOJI_TYPES["name"](self.split.texts[row], {}, rng)] for row in rows]
-        return [self._finest(("emoji", row)) for row in rows], conversation(asked) | {
-            "finest_given_scale": ALBUM_SCALE
-        }
+        return self._album([("emoji", row) for row in rows], asked)
 
     def _find(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
         """Scenes all of whose objects are to be named, by place or by box, in random order."""
@@ -227,9 +225,11 @@ class EmojiRows(Dataset):
         for row in rows:
             objects, ask = self.split.scenes[row]["objects"], rng.choice((at_place, in_box))
             asked.append([ask(thing) for thing in rng.sample(objects, len(objects))])
-        return [self._finest(("scenes", row)) for row in rows], conversation(asked) | {
-            "finest_given_scale": ALBUM_SCALE
-        }
+        return self._album([("scenes", row) for row in rows], asked)
+
+    def _album(self, pictures: list[Picture], asked: list[list[Question]]) -> tuple[list[torch.Tensor], dict]:
+        finest = [self._finest(picture) for picture in pictures]
+        return finest, conversation(asked) | {"finest_given_scale": ALBUM_SCALE}
 
     def _any_picture(self, rng: random.Random) -> Picture:
         if rng.random() < self.mix.scenes:

@@ -21,13 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset, load_dataset
-from datasets.data_files import DataFilesDict, DataFilesList
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ...processing_puma import BOX_MARK, IMAGE_TOKEN
 from .readers import Reader, line_place, tar_place
 from .samples import BrokenSampleError, Sample, field, image_file, make_sample, stored_image, text_field
-from .streams import Paths, find_files, line_stream, parquet_stream, parse_object, parse_record, webdataset_stream
+from .streams import (
+    Paths,
+    find_files,
+    line_stream,
+    parquet_stream,
+    parse_object,
+    parse_record,
+    picture_stream,
+    webdataset_stream,
+)
 
 PICTURES = ("*.[jJ][pP][gG]", "*.[jJ][pP][eE][gG]", "*.[pP][nN][gG]", "*.[wW][eE][bB][pP]")
 
@@ -89,11 +96,7 @@ def folder(path: str, *, seed: int | None = None, caption: str = "text") -> Read
     if not Path(path).is_dir():
         raise FileNotFoundError(f"no such folder: {path}")
     if not list(Path(path).rglob("metadata.*")):
-        files = find_files(path, PICTURES, seed)
-        # Not `load_dataset`, which would take brackets in the names for patterns.
-        data_files = DataFilesDict(train=DataFilesList(files, [(file,) for file in files]))
-        builder = ImageFolder(data_files=data_files, drop_labels=True)
-        stream = builder.as_streaming_dataset("train").decode(False)
+        stream = picture_stream(find_files(path, PICTURES, seed))
         return Reader(stream, _parse_captioned_file, _image_place)
     stream = load_dataset("imagefolder", data_dir=str(path), split="train", streaming=True).decode(False)
     _check_columns(stream, ["image", caption])

@@ -26,6 +26,7 @@ from typing import Any
 import zstandard
 from datasets import Features, IterableDataset, Value
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
@@ -77,13 +78,22 @@ class TarBuilder(WebDataset):
             yield {"__key__": "the rest of the file", "__url__": tar_path, "error": str(error)}
 
 
+def _as_they_are(files: Sequence[str]) -> DataFilesDict:
+    """For a builder of `datasets`, which takes paths given otherwise for patterns."""
+    return DataFilesDict({"train": DataFilesList(list(files), [(file,) for file in files])})
+
+
+def picture_stream(files: Sequence[str]) -> IterableDataset:
+    """Pictures, undecoded, as `image`."""
+    return ImageFolder(data_files=_as_they_are(files), drop_labels=True).as_streaming_dataset("train").decode(False)
+
+
 def webdataset_stream(files: Sequence[str]) -> IterableDataset:
     """Records of tars: `__key__`, `__url__` and, as bytes or None, `jpg`, `png`, `webp`, `txt` and `json`."""
     members = dict.fromkeys(("jpg", "png", "webp", "txt", "json"), Value("binary"))
     texts = dict.fromkeys(("__key__", "__url__", "error"), Value("string"))
-    # Given as they are, neither are the paths taken for patterns, nor do the first samples decide what members exist.
-    data_files = DataFilesDict({"train": DataFilesList(list(files), [(file,) for file in files])})
-    return TarBuilder(data_files=data_files, features=Features(members | texts)).as_streaming_dataset("train")
+    # With features that are given, the first samples do not decide what members exist.
+    return TarBuilder(data_files=_as_they_are(files), features=Features(members | texts)).as_streaming_dataset("train")
 
 
 def parquet_stream(files: Sequence[str], num_shards: int = 1, features: Features | None = None) -> IterableDataset:
@@ -92,8 +102,8 @@ def parquet_stream(files: Sequence[str], num_shards: int = 1, features: Features
     Args:
         features: the columns to read; by default those of the first file, which all must then have.
     """
-    data_files = DataFilesDict({"train": DataFilesList(list(files), [(file,) for file in files])})
-    builder = Parquet(data_files=data_files, features=features, columns=None if features is None else list(features))
+    columns = None if features is None else list(features)
+    builder = Parquet(data_files=_as_they_are(files), features=features, columns=columns)
     stream = builder.as_streaming_dataset("train").decode(False)
     return stream.reshard() if stream.num_shards < num_shards else stream
 
