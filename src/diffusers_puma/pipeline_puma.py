@@ -52,7 +52,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
 
     Args:
         vae: its latents are what the decoders denoise.
-        scheduler: of diffusers, with `init_noise_sigma`, so none of flow matching; the report samples with `DDPMScheduler`.
+        scheduler: one with `init_noise_sigma`, so none of flow matching; the report samples with `DDPMScheduler`.
         mllm: the language model. Its vision tower is then the image encoder.
         processor: of the language model.
         image_encoder: the encoder of a pipeline without language model.
