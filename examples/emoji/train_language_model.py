@@ -12,6 +12,7 @@ from build_scenes import load_scenes
 from cache_features import load_cache
 from emoji_tasks import KINDS, EmojiRows, EmojiSplit, TaskMix, all_texts
 from emoji_training import StageArguments, count_parameters, load_pictures, parse_arguments, run_stage
+from muon import MuonWithAdamW
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -144,7 +145,14 @@ def load_trained(folder: str, **settings) -> tuple[PumaForConditionalGeneration,
 
 
 class OrderedTrainer(PumaTrainer):
-    """Rows come in the order of `EmojiRows`, whose batches are of one kind each."""
+    """Rows come in the order of `EmojiRows`, whose batches are of one kind each. A whole model is trained with Muon,
+    an adapter with the optimizer of the arguments."""
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and not isinstance(self.model, PeftModel):
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = MuonWithAdamW(self.model, decayed, self.args.learning_rate, self.args.weight_decay)
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
