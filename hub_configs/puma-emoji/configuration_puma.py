@@ -103,6 +103,18 @@ class PumaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._validate_puma()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers, which sets overrides after the rest was found to be consistent."""
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result)._validate_puma()
+        return result
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers; what was edited since and could not be loaded again is an error."""
+        self._validate_puma()
+        return super().save_pretrained(*args, **kwargs)
+
     def _validate_puma(self):
         if self.text_config.is_encoder_decoder:
             raise ValueError(f"text_config is of an encoder-decoder ({self.text_config.model_type}), not decoder-only")

@@ -171,7 +171,7 @@ class PumaGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        max_new_tokens: int = 1024,
+        max_new_tokens: int | None = None,
         generator: Generators = None,
         **generate_kwargs,
     ) -> InterleavedOutput:
@@ -183,18 +183,22 @@ class PumaGenerationMixin(GenerationMixin):
         Args:
             input_ids, attention_mask: (B, T), padded on either side.
             pixel_values: (n, 3, height, width), the images in the prompts.
-            max_new_tokens: for each row; an image takes `image_seq_length` + 2 of them.
+            max_new_tokens: for each row; an image takes `image_seq_length` + 2 of them. By default that of a given
+                `generation_config`, or 1024.
             generator: of a flow head's noise; a list with one for each row makes a row's images the same in any batch.
             generate_kwargs: of `generate`, for the text.
 
         Raises:
-            ValueError: `num_beams`, `num_return_sequences` or an assistant model, which would reorder rows; another
-                number of generators than rows; another number of images than in the prompts.
+            ValueError: `num_beams`, `num_return_sequences` or an assistant model, which would reorder rows;
+                `max_length` or a streamer, which would end at the first image; another number of generators than
+                rows; another number of images than in the prompts.
         """
-        for name in ("num_beams", "num_return_sequences", "assistant_model"):
+        for name in ("num_beams", "num_return_sequences", "assistant_model", "max_length", "streamer"):
             if generate_kwargs.get(name) not in (None, 1):
                 raise ValueError(f"{name}={generate_kwargs[name]} does not work with interleaved generation")
         _check_generators(generator, len(input_ids))
+        if max_new_tokens is None:
+            max_new_tokens = getattr(generate_kwargs.get("generation_config"), "max_new_tokens", None) or 1024
         rows = self._interleaved_rows(input_ids, attention_mask, pixel_values, max_new_tokens)
         if isinstance(generator, list):
             for row, own in zip(rows, generator, strict=True):
@@ -308,11 +312,13 @@ class PumaGenerationMixin(GenerationMixin):
         # A row that is padded is masked, so any id but an image's will do where the model names none.
         return pad if pad is not None else eos if eos is not None else 0
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """Stock inputs; images that come as features are read once, as pixels are."""
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        """Stock inputs; images that come as features are read once, as pixels are. `generate` looks for the names."""
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs = {name: kwargs[name] for name in kwargs.keys() - {"image_features", "image_loss_mask"}}
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         # The encoder's outputs come as a dict, empty without images.
         given = (inputs.get("pixel_values"), inputs.get("image_features"), inputs.get("mm_encoder_outputs") or None)
         has_images = any(images is not None for images in given)

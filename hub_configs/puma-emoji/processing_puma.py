@@ -13,12 +13,12 @@ from itertools import repeat
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
-from transformers.image_utils import get_image_size, make_nested_list_of_images, to_numpy_array
+from transformers.image_utils import make_nested_list_of_images
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .image_processing_puma import PumaImageProcessor
-from .pictures import upright_size
+from .pictures import picture_size
 
 IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN = "[IMG]", "[/IMG]", "<image>"
 BOX_MARK = "<box>"
@@ -32,7 +32,10 @@ CHAT_TEMPLATE = (
     "{%- macro render(content) -%}"
     "{%- if content is string -%}{{ content }}{%- else -%}"
     "{%- for part in content -%}"
-    "{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- else -%}{{ part['text'] }}{%- endif -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<image>' }}"
+    "{%- elif part['type'] == 'text' -%}{{ part['text'] }}"
+    "{%- else -%}{{- raise_exception('unknown type of content ' + part['type'] + ': expected text or image') -}}"
+    "{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
     "{{- bos_token -}}"
@@ -175,7 +178,7 @@ class PumaProcessor(ProcessorMixin):
         if len(boxes) != len(texts):
             raise ValueError(f"boxes for {len(boxes)} texts were given, but there are {len(texts)} texts")
         sizes = iter(
-            [_size(image) for group in _nested_images(images) for image in group] if images is not None else []
+            [picture_size(image) for group in _nested_images(images) for image in group] if images is not None else []
         )
         written = []
         for sample, sample_boxes in zip(texts, boxes, strict=True):
@@ -319,7 +322,7 @@ class PumaProcessor(ProcessorMixin):
         for question, group, question_boxes in zip(questions, images, boxes, strict=True):
             content = [*({"type": "image"} for _ in group), {"type": "text", "text": question}]
             messages = [{"role": "user", "content": content}]
-            sizes = [_size(image) for image in group]
+            sizes = [picture_size(image) for image in group]
             rows.append(self.encode_conversation(messages, question_boxes, sizes, add_generation_prompt=True)[0])
         return self._pad_left(rows, images)
 
@@ -404,12 +407,19 @@ class PumaProcessor(ProcessorMixin):
         return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     def decode_answers(self, sequences: torch.LongTensor, prompt_length: int) -> list[str]:
-        """Texts that `generate` wrote after prompts of `prompt_length`, without special tokens other than
-        locations."""
+        """Texts that `generate` wrote after prompts of `prompt_length`."""
+        return [text.strip() for text in self.post_process_image_text_to_text(sequences[:, prompt_length:])]
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
+        """As in transformers, but locations stay, for `parse_boxes`."""
+        ids = torch.as_tensor(generated_outputs)
+        if not skip_special_tokens:
+            return self.tokenizer.decode(ids, **kwargs)
         locations = {self.tokenizer.convert_tokens_to_ids(location_token(i)) for i in range(self.num_location_tokens)}
         dropped = self._special_tokens().keys() - locations
-        answers = [[i for i in row if i not in dropped] for row in sequences[:, prompt_length:].tolist()]
-        return [self.tokenizer.decode(answer).strip() for answer in answers]
+        rows = [[i for i in row if i not in dropped] for row in torch.atleast_2d(ids).tolist()]
+        texts = [self.tokenizer.decode(row, **kwargs) for row in rows]
+        return texts if ids.ndim > 1 else texts[0]
 
 
 def _marks(messages: list[dict]) -> list[str]:
@@ -438,11 +448,3 @@ def _nested_images(images) -> list[list]:
     if isinstance(images, (list, tuple)):
         return [list(group) for group in images]
     return make_nested_list_of_images(images)
-
-
-def _size(image) -> tuple[int, int]:
-    """(width, height) of a picture."""
-    if isinstance(image, Image.Image):
-        return upright_size(image)
-    height, width = get_image_size(to_numpy_array(image))
-    return width, height

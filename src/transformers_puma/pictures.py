@@ -1,6 +1,9 @@
-"""Pictures of any kind in RGB."""
+"""Pictures of any kind in RGB, and their sizes."""
 
+import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps
+from transformers.image_utils import get_image_size, to_numpy_array
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -14,7 +17,10 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """(width, height) of `as_rgb` of it."""
+def picture_size(picture: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
+    """(width, height) of a picture, upright."""
+    if not isinstance(picture, Image.Image):
+        height, width = get_image_size(to_numpy_array(picture))
+        return width, height
     is_lying = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
     return picture.size[::-1] if is_lying else picture.size

@@ -23,6 +23,7 @@ from transformers_puma.training import (
 )
 
 from .test_language_model import torchrun
+from .training_runs import leave
 
 FILES = [(0, 1, 2, 3, 4), (5, 6, 7)]
 OPTIONS = {
@@ -107,3 +108,4 @@ def test_no_process_reads_for_the_others(tmp_path, kind):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

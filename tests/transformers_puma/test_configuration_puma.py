@@ -21,6 +21,17 @@ def test_round_trip(processor, tmp_path):
     assert again.text_config.model_type == "llama" and again.input_scales == [2, 0]
 
 
+def test_overrides_and_edits_must_be_consistent_too(processor, tmp_path):
+    config = make_config(processor)
+    config.save_pretrained(tmp_path)
+    assert PumaConfig.from_pretrained(tmp_path, input_scales=[2]).input_scales == [2]
+    with pytest.raises(ValueError, match=r"input_scales=\[7\]"):
+        PumaConfig.from_pretrained(tmp_path, input_scales=[7])
+    config.num_scales = 2
+    with pytest.raises(ValueError, match="scale_loss_weights"):
+        config.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [

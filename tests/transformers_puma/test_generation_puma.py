@@ -152,8 +152,26 @@ def test_pictures_in_the_prompt_of_interleaved_generation(drawing_model, process
         assert (feature - expected[scale][0]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
-def test_modes_that_reorder_rows_are_refused(model, processor, option):
+def test_text_goes_on_from_embeddings(model, processor, picture):
+    inputs = processor.prepare_question(["what?"], [[picture]])
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    features = flatten_scales(model.encode_image(inputs["pixel_values"]))
+    embeddings, _ = model.model.embed(inputs["input_ids"], features, None)
+    found = model.generate(
+        inputs_embeds=embeddings, attention_mask=inputs["attention_mask"], max_new_tokens=4, do_sample=False
+    )
+    assert torch.equal(found, expected)
+
+
+def test_the_length_of_interleaved_generation_may_come_in_a_generation_config(model, processor):
+    inputs = processor(text="a", return_tensors="pt")
+    expected = model.generate_interleaved(**inputs, do_sample=False, max_new_tokens=3).sequences
+    config = GenerationConfig(do_sample=False, max_new_tokens=3)
+    assert torch.equal(model.generate_interleaved(**inputs, generation_config=config).sequences, expected)
+
+
+@pytest.mark.parametrize("option", ["num_beams", "num_return_sequences", "max_length", "streamer"])
+def test_modes_that_do_not_work_by_turns_are_refused(model, processor, option):
     with pytest.raises(ValueError, match=f"{option}=2"):
         interleave(model, processor, ["a"], **{option: 2})
 

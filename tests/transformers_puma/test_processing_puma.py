@@ -128,11 +128,17 @@ def test_chat_takes_a_system_message_and_refuses_unknown_roles(processor):
     assert processor.apply_chat_template(chat) == "<s>Be brief. USER: hi ASSISTANT: yo<image></s>"
     with pytest.raises(Exception, match="unknown role tool"):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
+    with pytest.raises(Exception, match="unknown type of content video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}])
 
 
 def test_answers_keep_location_tokens(processor):
     ids = processor.tokenizer("a <loc_3><loc_4></s><pad>", add_special_tokens=False, return_tensors="pt")["input_ids"]
     assert processor.decode_answers(torch.cat([torch.zeros(1, 4).long(), ids], 1), 4) == ["a <loc_3><loc_4>"]
+    assert processor.post_process_image_text_to_text(ids) == ["a <loc_3><loc_4>"]
+    assert processor.post_process_image_text_to_text(ids[0].numpy()) == "a <loc_3><loc_4>"
+    whole = processor.post_process_image_text_to_text(ids, skip_special_tokens=False)
+    assert whole == ["a <loc_3><loc_4></s><pad>"]
 
 
 def test_round_trip(processor, picture, tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..pictures import upright_size
+from ..pictures import picture_size
 from ..processing_puma import MARKUP, PumaProcessor
 
 Row = dict[str, Any]
@@ -109,6 +109,19 @@ class PumaDataCollator:
         targets = [supervised[start] for start in starts if start < length]
         return ids[:length], supervised[:length], targets
 
+    def _picture_sizes(self, row: Row) -> list[tuple[int, int]]:
+        """(width, height) of each picture of a row, as far as boxes need them."""
+        if not row.get("boxes"):
+            return []
+        if "image_features" not in row:
+            pictures = self.processor.image_processor.fetch_images(list(row.get("images", [])))
+            return [picture_size(picture) for picture in pictures]
+        if "image_sizes" not in row:
+            raise ValueError(
+                "boxes in a row with image_features need image_sizes, the (width, height) of each picture"
+            )
+        return row["image_sizes"]
+
     def _image_starts(self, ids: list[int]) -> list[int]:
         is_image = [token == self.processor.image_token_id for token in ids]
         return [i for i, here in enumerate(is_image) if here and not (i and is_image[i - 1])]
@@ -138,7 +151,7 @@ class PumaDataCollator:
 
     def _encode_texts(self, row: Row) -> tuple[list[int], list[bool]]:
         """Ids of the row's texts, and which of them are supervised."""
-        boxes, sizes = row.get("boxes"), _picture_sizes(row)
+        boxes, sizes = row.get("boxes"), self._picture_sizes(row)
         if "messages" in row:
             ids, answers = self.processor.encode_conversation(row["messages"], boxes, sizes)
             return ids, answers if self.assistant_only_loss else [True] * len(ids)
@@ -181,17 +194,6 @@ class PumaPreferenceCollator(PumaDataCollator):
             raise ValueError("preferences are over answers in text, but one of them holds a picture")
         batch["completion_mask"] = (batch.pop("labels") != -100).long()
         return batch
-
-
-def _picture_sizes(row: Row) -> list[tuple[int, int]]:
-    """(width, height) of each picture of a row, as far as boxes need them."""
-    if not row.get("boxes"):
-        return []
-    if "image_features" not in row:
-        return [upright_size(image) for image in row.get("images", [])]
-    if "image_sizes" not in row:
-        raise ValueError("boxes in a row with image_features need image_sizes, the (width, height) of each picture")
-    return row["image_sizes"]
 
 
 def _excerpt(row: Row) -> str:

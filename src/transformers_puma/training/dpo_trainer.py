@@ -17,6 +17,7 @@ SUPPORTED = {
     "padding_free": (False,),
     "truncation_mode": ("keep_start",),
     "pad_to_multiple_of": (None,),
+    "pad_token": (None,),
     "precompute_ref_log_probs": (False,),
 }
 
@@ -65,7 +66,9 @@ class PumaDPOTrainer(RowsMixin, DPOTrainer):
         args = PumaDPOConfig("trainer_output") if args is None else copy.copy(args)
         if not isinstance(args, PumaDPOConfig):
             raise ValueError(f"args must be a PumaDPOConfig, got a {type(args).__name__}")
-        model, processing_class = load_model_and_processor(model, processing_class, args.model_init_kwargs)
+        model, processing_class = load_model_and_processor(
+            model, processing_class, args.model_init_kwargs, kwargs.pop("quantization_config", None)
+        )
         args.model_init_kwargs = None
         if ref_model is None and peft_config is None and not isinstance(model, PeftModel):
             if is_deepspeed_zero3_enabled():

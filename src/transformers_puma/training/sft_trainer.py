@@ -19,6 +19,7 @@ SUPPORTED = {
     "eval_packing": (None,),
     "truncation_mode": ("keep_start",),
     "pad_to_multiple_of": (None,),
+    "pad_token": (None,),
     "dataset_text_field": ("text",),
     "shuffle_dataset": (False,),
 }
@@ -69,7 +70,9 @@ class PumaSFTTrainer(RowsMixin, ModelLossMixin, SFTTrainer):
             raise ValueError(f"args must be a PumaSFTConfig, got a {type(args).__name__}")
         if kwargs.get("formatting_func") is not None:
             raise ValueError("formatting_func is not supported: map the data set to rows of PumaDataCollator")
-        model, processing_class = load_model_and_processor(model, processing_class, args.model_init_kwargs)
+        model, processing_class = load_model_and_processor(
+            model, processing_class, args.model_init_kwargs, kwargs.pop("quantization_config", None)
+        )
         args.model_init_kwargs = None
         if data_collator is None:
             data_collator = PumaDataCollator(

@@ -2,6 +2,7 @@
 
 import torch
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modeling_puma import PumaForConditionalGeneration
 from .mixins import PumaTrainerMixin
@@ -25,21 +26,25 @@ def check_supported(args, supported: dict[str, tuple]):
 
 
 def load_model_and_processor(
-    model: str | PreTrainedModel, processor: ProcessorMixin | None, model_init_kwargs: dict | None
+    model: str | PreTrainedModel,
+    processor: ProcessorMixin | None,
+    model_init_kwargs: dict | None,
+    quantization_config: QuantizationConfigMixin | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model given as a folder or Hub id is loaded, in float32 unless `model_init_kwargs` says otherwise, and so is
     its processor if none is given.
 
     Raises:
-        ValueError: no processor; `model_init_kwargs` for a model that is loaded already.
+        ValueError: no processor; `model_init_kwargs` or a `quantization_config` for a model that is loaded already.
     """
+    settings = dict(model_init_kwargs or {})
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
     if isinstance(model, str):
         processor = processor or AutoProcessor.from_pretrained(model)
-        model = PumaForConditionalGeneration.from_pretrained(
-            model, **{"dtype": torch.float32, **(model_init_kwargs or {})}
-        )
-    elif model_init_kwargs:
-        raise ValueError(f"model_init_kwargs={model_init_kwargs} has no part in a model that is given: set it there")
+        model = PumaForConditionalGeneration.from_pretrained(model, **{"dtype": torch.float32, **settings})
+    elif settings:
+        raise ValueError(f"model_init_kwargs={settings} has no part in a model that is given: set it there")
     if processor is None:
         raise ValueError("processing_class (the model's PumaProcessor) is needed")
     return model, processor

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -183,7 +184,7 @@ BOX, LOCATIONS = (0, 0, 20, 15), "<loc_0><loc_0><loc_112><loc_112>"
         ),
     ],
 )
-def test_boxes_become_location_tokens(collator, processor, row, read, written):
+def test_boxes_become_location_tokens(collator, processor, tmp_path, row, read, written):
     picture = make_picture(0)  # 40 x 30
     batch = collator([{**row, "images": [picture], "boxes": [BOX]}])
     ids = batch["input_ids"][0]
@@ -193,6 +194,10 @@ def test_boxes_become_location_tokens(collator, processor, row, read, written):
     assert sum(token in locations for token in ids.tolist()) == 4
     for found, expected in zip(processor.parse_boxes(LOCATIONS, picture.size)[0], BOX, strict=True):
         assert abs(found - expected) <= 0.5 / 224 * 40 + 1e-9
+
+    picture.save(tmp_path / "picture.png")
+    for other in (str(tmp_path / "picture.png"), np.array(picture)):
+        assert torch.equal(collator([{**row, "images": [other], "boxes": [BOX]}])["input_ids"][0], ids)
 
     features = {"image_features": [torch.zeros(IMAGE_LENGTH, 32)], "image_sizes": [picture.size]}
     assert torch.equal(collator([{**row, **features, "boxes": [BOX]}])["input_ids"][0], ids)

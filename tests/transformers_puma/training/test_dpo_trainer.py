@@ -116,6 +116,8 @@ def test_what_is_refused(processor, tmp_path):
         make_trainer(processor, tmp_path, model, peft_config=puma_lora_config(model, puma_token_ids(processor), r=4))
     with pytest.raises(ValueError, match="model_init_kwargs=.* has no part in a model that is given"):
         make_trainer(processor, tmp_path, make_model(processor), model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(ValueError, match="does not support pad_token='</s>'"):
+        PumaDPOConfig(str(tmp_path), use_cpu=True, bf16=False, pad_token="</s>")
 
 
 def test_the_collator_knows_the_scales(processor, model, tmp_path):

@@ -1,6 +1,9 @@
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 
 from transformers_puma.training import PumaSFTConfig, PumaSFTTrainer, PumaTrainer, PumaTrainingArguments
 
@@ -132,9 +135,28 @@ def test_parts_of_the_loss_are_evaluated(processor, tmp_path):
     assert {f"eval_{part}" for part in PARTS} <= metrics.keys()
 
 
+def test_a_folder_is_loaded_in_four_bits(processor, tmp_path):
+    make_model(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = PumaSFTConfig(str(tmp_path), **OPTIONS)
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    adapter = LoraConfig(target_modules=["q_proj"], r=2)
+    options = {"train_dataset": stream(make_rows()), "quantization_config": quantization, "peft_config": adapter}
+    trainer = PumaSFTTrainer(str(tmp_path / "model"), arguments, **options)
+    assert type(trainer.model.get_base_model().model.language_model.layers[0].mlp.up_proj) is Linear4bit
+    with pytest.raises(ValueError, match="(?s)quantization_config.* has no part in a model that is given"):
+        PumaSFTTrainer(make_model(processor), arguments, processing_class=processor, **options)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("loss_type", "dft"), ("completion_only_loss", False), ("padding_free", True), ("dataset_text_field", "body")],
+    [
+        ("loss_type", "dft"),
+        ("completion_only_loss", False),
+        ("padding_free", True),
+        ("dataset_text_field", "body"),
+        ("pad_token", "</s>"),
+    ],
 )
 def test_options_that_would_do_nothing(tmp_path, option, value):
     with pytest.raises(ValueError, match=f"does not support {option}={value!r}"):
