@@ -135,6 +135,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
                 f"the decoders of scales {adapted} hold LoRA layers: save those by save_lora_weights, and the "
                 "pipeline after unload_lora_weights(), or after fuse_lora() and unload_lora_weights() with them in it"
             )
+        # diffusers writes no part that was put into a place which was empty at loading, unless it is registered.
+        self.register_modules(**self.components)
         super().save_pretrained(save_directory, **kwargs)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:

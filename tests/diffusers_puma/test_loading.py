@@ -64,6 +64,13 @@ class TestFolder:
         assert_same_pipeline(loaded, decoder_pipeline)
         assert loaded.scales == [1, 3, 4]
 
+    def test_a_decoder_put_into_an_empty_place_is_saved(self, decoder_pipeline, tmp_path):
+        decoder_pipeline.save_pretrained(tmp_path / "whole")
+        loaded = PumaPipeline.from_pretrained(tmp_path / "whole", scales=[3])
+        loaded.unet_1 = decoder_pipeline.unet_1
+        loaded.save_pretrained(tmp_path / "two")
+        assert PumaPipeline.from_pretrained(tmp_path / "two").scales == [1, 3]
+
     def test_reads_only_the_scales_asked_for(self, decoder_pipeline, tmp_path):
         decoder_pipeline.save_pretrained(tmp_path)
         for scale in (0, 1, 2, 4):
