@@ -413,10 +413,8 @@ class PumaProcessor(ProcessorMixin):
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
         """As in transformers, but locations stay, for `parse_boxes`."""
         ids = torch.as_tensor(generated_outputs)
-        if not skip_special_tokens:
-            return self.tokenizer.decode(ids, **kwargs)
         locations = {self.tokenizer.convert_tokens_to_ids(location_token(i)) for i in range(self.num_location_tokens)}
-        dropped = self._special_tokens().keys() - locations
+        dropped = self._special_tokens().keys() - locations if skip_special_tokens else ()
         rows = [[i for i in row if i not in dropped] for row in torch.atleast_2d(ids).tolist()]
         texts = [self.tokenizer.decode(row, **kwargs) for row in rows]
         return texts if ids.ndim > 1 else texts[0]

@@ -133,8 +133,8 @@ def zero3(folder: Path) -> None:
 
 
 def leave() -> None:
-    """Ends a process that has written all that is wanted of it, when the others have too: the threads of a process
-    group abort some that end as usual."""
+    """Ends a process that has written all that is wanted of it, when the others have too: one that ended as usual was
+    seen to abort ("terminate called without an active exception")."""
     dist.barrier()
     os._exit(0)
 
