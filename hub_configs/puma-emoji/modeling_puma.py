@@ -290,6 +290,11 @@ class PumaModel(PumaPreTrainedModel):
             return images.shape[1]
         if runs != images.shape[0]:
             raise ValueError(f"the text holds {int(runs)} images, but {images.shape[0]} were given")
+        if images.shape[1] != self.config.image_seq_length:
+            raise ValueError(
+                f"images of {images.shape[1]} tokens were given: expected the {self.config.image_seq_length} of all "
+                f"scales {self.config.tokens_per_scale}, coarsest first"
+            )
         if longest > images.shape[1]:
             raise ValueError(f"a run of image placeholders is longer than the {images.shape[1]} tokens of an image")
         return int(longest)

@@ -228,8 +228,10 @@ class PumaProcessor(ProcessorMixin):
             ValueError: a box without area, or wholly outside the picture.
         """
         width, height = size
+        if len(box) != 4:
+            raise ValueError(f"box {tuple(box)} must be four numbers, (x_min, y_min, x_max, y_max) in pixels")
         x_min, y_min, x_max, y_max = box
-        if x_min >= x_max or y_min >= y_max or x_max <= 0 or y_max <= 0 or x_min >= width or y_min >= height:
+        if not (max(x_min, 0) < min(x_max, width) and max(y_min, 0) < min(y_max, height)):  # so of NaN too
             raise ValueError(
                 f"box {tuple(box)} has no area within a picture of {width} x {height} (expected xyxy pixels)"
             )

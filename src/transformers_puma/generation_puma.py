@@ -64,11 +64,13 @@ class PumaGenerationMixin(GenerationMixin):
             `{scale: (B, k_scale, C)}`.
 
         Raises:
-            ValueError: a scale that the model does not have, a prompt that does not end with `[IMG]`, or another
-                number of generators than rows.
+            ValueError: a scale that the model does not have, a prompt that does not end with `[IMG]`, images from two
+                sources or other than the prompts hold, or another number of generators than rows.
         """
-        if not 0 <= scale < self.config.num_scales:
-            raise ValueError(f"scale={scale} must be one of 0..{self.config.num_scales - 1}")
+        if not isinstance(scale, int) or not 0 <= scale < self.config.num_scales:
+            raise ValueError(f"scale={scale!r} must be one of 0..{self.config.num_scales - 1}")
+        if pixel_values is not None and image_features is not None:
+            raise ValueError("images must come from one of pixel_values and image_features")
         if (input_ids[:, -1] != self.config.image_start_token_id).any():
             raise ValueError(
                 f"every prompt must end with [IMG] (id {self.config.image_start_token_id}) and be left-padded"

@@ -60,9 +60,16 @@ def test_teacher_forcing_reproduces_what_was_generated(model, processor):
     assert (predicted - features).abs().max() < 1e-4
 
 
-def test_bad_requests(model, processor):
-    with pytest.raises(ValueError, match="scale=3 must be one of 0..2"):
-        model.generate_image_features(**processor.prepare_generation(["a"]), scale=3)
+def test_bad_requests(model, processor, picture):
+    for scale in (3, 1.0, None):
+        with pytest.raises(ValueError, match=f"scale={scale} must be one of 0..2"):
+            model.generate_image_features(**processor.prepare_generation(["a"]), scale=scale)
+    pictured = processor(text="<image>b", images=picture, generation_mode="image", return_tensors="pt")
+    with pytest.raises(ValueError, match="one of pixel_values and image_features"):
+        model.generate_image_features(**pictured, image_features=torch.zeros(1, 21, 32))
+    del pictured["pixel_values"]
+    with pytest.raises(ValueError, match="images of 20 tokens were given: expected the 21"):
+        model.generate_image_features(**pictured, image_features=torch.zeros(1, 20, 32))
     with pytest.raises(ValueError, match=r"must end with \[IMG\]"):
         model.generate_image_features(**processor(text="a", return_tensors="pt"))
 

@@ -70,10 +70,12 @@ def test_a_box_belongs_to_the_image_before_it(processor):
     assert "a <loc_0><loc_0><loc_112><loc_112>" in decoded and "b <loc_0><loc_0><loc_11><loc_11>" in decoded
 
 
-@pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 0, 5, 9), (50, 0, 60, 9)])
+@pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 0, 5, 9), (50, 0, 60, 9), (0, 0, float("nan"), 9)])
 def test_a_box_without_area_in_the_picture(processor, picture, box):
     with pytest.raises(ValueError, match="no area"):
         processor(text="<image><box>", images=picture, boxes=[box])
+    with pytest.raises(ValueError, match="must be four numbers"):
+        processor(text="<image><box>", images=picture, boxes=[box[:3]])
 
 
 def test_boxes_that_do_not_match_the_marks(processor, picture):

@@ -1,6 +1,7 @@
 """What PUMA's trainers share, on top of `transformers.Trainer` and of its subclasses in TRL."""
 
 import torch
+from transformers import PreTrainedModel
 
 from ..granularity import scale_of_position
 from ..modeling_puma import ImagePositions, PumaModel
@@ -25,10 +26,11 @@ class PumaTrainerMixin(ResumableTrainerMixin):
             )
         self._freeze_encoder()
 
+    def _puma_model(self) -> PumaModel:
+        return next(module for module in self.model.modules() if isinstance(module, PumaModel))
+
     def _freeze_encoder(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, PumaModel):
-                module.vision_tower.requires_grad_(False)
+        self._puma_model().vision_tower.requires_grad_(False)
 
     def create_optimizer(self, model=None):
         """Stock groups (with and without weight decay), each split in two where the projector has its own rate."""
@@ -68,6 +70,8 @@ class ModelLossMixin(PumaTrainerMixin):
         self._parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # of training, of evaluation
 
     def train(self, *args, **kwargs):
+        if self.args.packing and self.place_model_on_device:  # else the weights are sharded, or not here yet
+            _require_separate_rows(self._puma_model().language_model)
         self._parts[True].clear()
         return super().train(*args, **kwargs)
 
@@ -140,6 +144,32 @@ class ModelLossMixin(PumaTrainerMixin):
         parts["loss"] = config.text_loss_weight * parts["text_loss"] + config.image_loss_weight * parts["image_loss"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
+
+
+@torch.no_grad()
+def _require_separate_rows(language_model: PreTrainedModel) -> None:
+    """Raises `ValueError` if rows that are packed into one sequence would see each other.
+
+    Seen from what it computes: some architectures (OPT, BLOOM) make their mask without a look at the position ids.
+    """
+    # Two sequences of two rows, of which the second is the same.
+    packed = torch.tensor([[3, 2, 1, 0], [4, 5, 1, 0]], device=language_model.device)
+    position_ids = torch.tensor([[0, 1, 0, 1]], device=language_model.device)
+    is_training = language_model.training
+    language_model.eval()
+    states = torch.cat(
+        [
+            language_model(input_ids=ids[None], position_ids=position_ids, use_cache=False).last_hidden_state[:, 2:]
+            for ids in packed
+        ]
+    )
+    language_model.train(is_training)
+    tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
+    if not torch.allclose(states[0], states[1], rtol=0, atol=tolerance):
+        raise ValueError(
+            f"packing=True does not work with this language model ({language_model.config.model_type}), in which "
+            "packed rows see each other: expected packing=False"
+        )
 
 
 def _is_projection(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from transformers import Trainer
 
+from ..processing_puma import PumaProcessor
 from .arguments import PumaTrainingArguments
 from .collator import PumaDataCollator
 from .mixins import ModelLossMixin
@@ -22,8 +23,11 @@ class PumaTrainer(ModelLossMixin, Trainer):
             args = PumaTrainingArguments("trainer_output")
         if not isinstance(args, PumaTrainingArguments):
             raise ValueError(f"args must be a PumaTrainingArguments, got a {type(args).__name__}")
-        if data_collator is None and kwargs.get("processing_class") is None:
-            raise ValueError("processing_class (the model's PumaProcessor) or a data_collator is needed")
+        if data_collator is None and not isinstance(processor := kwargs.get("processing_class"), PumaProcessor):
+            raise ValueError(
+                "processing_class (the model's PumaProcessor) or a data_collator is needed, got a processing_class of "
+                f"type {type(processor).__name__}"
+            )
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if data_collator is None:
             self.data_collator = PumaDataCollator(

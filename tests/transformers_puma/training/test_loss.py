@@ -133,6 +133,20 @@ def test_every_module_of_images_runs_in_every_batch(processor, image_head, image
     assert row == 2 or not model.model.projector.weight.grad.any()
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom"])
+def test_packing_where_packed_rows_would_see_each_other(processor, tmp_path, model_type):
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "n_positions": 256}
+    text = {"model_type": model_type, **sizes, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.5}
+    arguments = PumaTrainingArguments(str(tmp_path), max_steps=1, packing=True, report_to="none", use_cpu=True)
+    model = make_model(processor, text_config=text)
+    trainer = PumaTrainer(model, arguments, processing_class=processor, train_dataset=make_rows())
+    if model_type == "gpt2":
+        trainer.train()
+        return
+    with pytest.raises(ValueError, match=rf"packing=True does not work with this language model \({model_type}\)"):
+        trainer.train()
+
+
 def test_several_gpus_in_one_process(processor, tmp_path):
     arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     arguments._n_gpu = 2

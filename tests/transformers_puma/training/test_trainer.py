@@ -159,9 +159,11 @@ def test_the_stock_trainer_averages_over_accumulation(processor, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_trainer_needs_a_processor_or_a_collator(processor, tmp_path):
+@pytest.mark.parametrize("part", ["nothing", "tokenizer"])
+def test_a_trainer_needs_a_processor_or_a_collator(processor, tmp_path, part):
+    arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="processing_class"):
-        PumaTrainer(make_model(processor), PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+        PumaTrainer(make_model(processor), arguments, processing_class=getattr(processor, part, None))
 
 
 def test_an_evaluation_computes_the_logits_that_it_needs(processor, rows, tmp_path):
