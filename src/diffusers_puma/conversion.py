@@ -7,14 +7,20 @@ stock one plus a Linear in front of the cross-attention (`mapping_layer`) and, a
 
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, logging
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, logging
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
+
+from puma_files import read_json, read_safetensors_header, shard_files, unreadable
+from transformers_puma.assembly import load_encoder, require_encoder
 
 from .folders import new_folder
 from .pipeline_puma import PumaPipeline
@@ -38,8 +44,8 @@ def convert_released_decoders(src: str | Path, dst: str | Path) -> None:
     """Converts a folder in the release's layout (a download of the Hub repository `LucasFang/PUMA`).
 
     Weights may be safetensors or `.bin`, whole or in shards; nothing is unpickled but tensors. Decoders keep their
-    number format; the image encoder and the VAE are written in fp32. One decoder at a time is in memory, and `dst`
-    appears only once it is complete.
+    number format; the image encoder and the VAE are written in fp32. One decoder at a time is in memory. All parts are
+    checked before the first is written, and `dst` appears only once it is complete.
 
     Args:
         src: the folder that holds `ckpts/`.
@@ -48,78 +54,106 @@ def convert_released_decoders(src: str | Path, dst: str | Path) -> None:
     Raises:
         FileExistsError: `dst` holds something.
         FileNotFoundError: a folder or file of the release is missing.
-        ValueError: weights that are not what the release's config describes, or files that hold more than tensors.
+        ValueError: weights that are not what the release's config describes, files that are damaged or that hold more
+            than tensors. The message names the file or its folder.
     """
     src, dst = Path(src), Path(dst)
     require_release(src)
     with new_folder(dst) as work:
         components: dict[str, Any] = {
-            "image_encoder": _convert_image_encoder(src / IMAGE_ENCODER, work / "image_encoder"),
-            "vae": _convert_vae(src / DECODERS / "vae", work / "vae"),
+            "image_encoder": _read_image_encoder(src / IMAGE_ENCODER),
+            "vae": read_vae(src / DECODERS / "vae"),
             # The release reads whatever its scheduler folder names, SDXL's Euler scheduler too, as DDPM.
             "scheduler": DDPMScheduler.from_pretrained(src / DECODERS / "scheduler"),
         }
-        components["scheduler"].save_pretrained(work / "scheduler")
-        for scale, count in enumerate(TOKEN_COUNTS):
-            decoder = convert_released_unet(src / DECODERS / f"unet_{count}", num_tokens=count)
+        # Mapped, not read: so the last one is known to fit before the first is written.
+        decoders = [convert_released_unet(src / DECODERS / f"unet_{count}", count) for count in TOKEN_COUNTS]
+        for name, component in components.items():
+            component.save_pretrained(work / name)
+        for scale, decoder in enumerate(decoders):
             decoder.save_pretrained(work / f"unet_{scale}")
             components[f"unet_{scale}"] = decoder.to("meta")
-            del decoder
-            logger.info(f"converted the {count}-token decoder")
+            logger.info(f"converted the {TOKEN_COUNTS[scale]}-token decoder")
         PumaPipeline(**components).save_config(work)
 
 
 def require_release(folder: Path) -> None:
-    """Raises `FileNotFoundError` unless all parts of the release are there."""
-    decoders = [f"unet_{count}" for count in TOKEN_COUNTS]
-    for part in [IMAGE_ENCODER, *(f"{DECODERS}/{name}" for name in ("vae", "scheduler", *decoders))]:
+    """Raises `FileNotFoundError` or `ValueError` unless all parts of the release are there and whole."""
+    decoders = ("vae", "scheduler", *(f"unet_{count}" for count in TOKEN_COUNTS))
+    for part in (IMAGE_ENCODER, *(f"{DECODERS}/{name}" for name in decoders)):
         if not (folder / part).is_dir():
             raise FileNotFoundError(
                 f"{folder / part} is missing: the source must be laid out like the release, with ckpts/ in it"
             )
+    require_encoder(str(folder / IMAGE_ENCODER))
+    require_components(folder / DECODERS, decoders)
+
+
+def require_components(folder: Path, names: Iterable[str]) -> None:
+    """Raises `FileNotFoundError` or `ValueError` unless these folders of diffusers have configs and whole weights."""
+    for name in names:
+        if name == "scheduler":
+            read_json(folder / name / SCHEDULER_CONFIG_NAME)
+        else:
+            read_json(folder / name / CONFIG_NAME)
+            read_weights(folder / name)
 
 
 def convert_released_unet(folder: str | Path, num_tokens: int) -> PumaUNet2DConditionModel:
-    """One released decoder, such as `unet_256`, in memory.
+    """One released decoder, such as `unet_256`; its weights are mapped from the file.
 
     Raises:
         FileNotFoundError, ValueError: as `convert_released_decoders`.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_json(folder / CONFIG_NAME)
     weights = {RENAMED.get(name, name): tensor for name, tensor in read_weights(folder).items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
     if "encoder_hid_proj.weight" not in weights:
         raise ValueError(f"{folder} is no PUMA decoder: its weights lack mapping_layer.weight")
 
     stock_config = {key: value for key, value in config.items() if key not in RELEASE_CONFIG_KEYS}
-    arguments, _, _ = PumaUNet2DConditionModel.extract_init_dict(stock_config)
-    arguments |= {
+    changes = {
         "encoder_hid_dim": weights["encoder_hid_proj.weight"].shape[1],
         "encoder_hid_dim_type": "text_proj",
         "addition_embed_type": None,
         "num_tokens": num_tokens,
         "use_position_table": config.get("use_embeds", "position_table" in weights),
     }
-    with torch.device("meta"):
-        decoder = PumaUNet2DConditionModel(**arguments)
+    decoder = empty_decoder(folder, stock_config | changes)
     _check_weights(folder, decoder, weights)
     decoder.load_state_dict(weights, assign=True)
     return decoder.eval()
 
 
+def empty_decoder(folder: Path, config: dict[str, Any]) -> PumaUNet2DConditionModel:
+    """A decoder without weights, on the meta device.
+
+    Raises:
+        ValueError: diffusers makes no UNet of `config`; the message names the `folder` that it is from.
+    """
+    arguments, _, _ = PumaUNet2DConditionModel.extract_init_dict(config)
+    try:
+        with torch.device("meta"):
+            return PumaUNet2DConditionModel(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME} describes no UNet: {error}") from error
+
+
 def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """All weights of a folder that diffusers or the release saved, whole or in shards, on the CPU.
+    """All weights of a folder that diffusers or the release saved, whole or in shards, mapped from its files.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
-        ValueError: a `.bin` file that holds more than tensors.
+        ValueError: a file that was cut off, or a `.bin` file that holds more than tensors.
     """
     weights = {}
     for file in _weight_files(Path(folder)):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing")
-        weights |= load_file(file) if file.suffix == ".safetensors" else _load_bin(file)
+        if file.suffix == ".safetensors":
+            read_safetensors_header(file)  # names the file in its errors
+            weights |= load_file(file)
+        else:
+            weights |= _load_bin(file)
     return weights
 
 
@@ -128,8 +162,7 @@ def _weight_files(folder: Path) -> list[Path]:
         # The shortest name is the plain one, where there are variants such as `.fp16` next to it.
         indexes = sorted(folder.glob(f"diffusion_pytorch_model*{suffix}.index*.json"), key=lambda file: len(file.name))
         if indexes:
-            shards = set(json.loads(indexes[0].read_text())["weight_map"].values())
-            return [folder / Path(shard).name for shard in sorted(shards)]
+            return shard_files(indexes[0])
         files = sorted(folder.glob(f"diffusion_pytorch_model*{suffix}"), key=lambda file: len(file.name))
         if files:
             return files[:1]
@@ -139,9 +172,10 @@ def _weight_files(folder: Path) -> list[Path]:
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     try:
         # `weights_only` reads tensors and refuses everything else that a pickle can hold.
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        # Only the zip format, torch's own since 1.6, can be mapped.
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:
-        raise ValueError(f"{file} cannot be read as a file of tensors: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} cannot be read as a file of tensors: {unreadable(error)}") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise ValueError(f"{file} must hold a state dict, names with one tensor each")
     return weights
@@ -163,37 +197,31 @@ def _check_weights(folder: Path, decoder: PumaUNet2DConditionModel, weights: dic
         raise ValueError(f"the weights in {folder} do not fit its config: {', '.join(problems[:3])}{more}")
 
 
-def _convert_image_encoder(folder: Path, target: Path) -> CLIPVisionModel:
-    encoder, info = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    _require_complete(folder, info)
+def _read_image_encoder(folder: Path) -> CLIPVisionModel:
+    encoder = load_encoder(str(folder))[0].float()
     grid_size = encoder.config.image_size // encoder.config.patch_size
     if grid_size**2 != TOKEN_COUNTS[0]:
         raise ValueError(f"{folder} makes {grid_size**2} tokens of an image, the decoders need {TOKEN_COUNTS[0]}")
-    encoder.save_pretrained(target)
-    return encoder.to("meta")
+    return encoder
 
 
-def _convert_vae(folder: Path, target: Path) -> AutoencoderKL:
+def read_vae(folder: Path) -> AutoencoderKL:
+    """A VAE that diffusers or the release saved, in fp32.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_weights`, and weights that do not fit the config.
+    """
     # Through a whole safetensors file, which diffusers reads in every version of its names for the VAE's attention.
-    with tempfile.TemporaryDirectory(dir=target.parent) as rewritten:
+    with tempfile.TemporaryDirectory() as rewritten:
         weights = {name: tensor.contiguous() for name, tensor in read_weights(folder).items()}
         save_file(weights, Path(rewritten) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (Path(rewritten) / "config.json").write_text(json.dumps(_read_config(folder)), encoding="utf-8")
-        vae, info = AutoencoderKL.from_pretrained(rewritten, output_loading_info=True)
-        _require_complete(folder, info)
-        vae.register_to_config(_name_or_path=folder.name)
-        vae.save_pretrained(target)
-    return vae.to("meta")
-
-
-def _require_complete(folder: Path, info: dict[str, Any]) -> None:
+        (Path(rewritten) / CONFIG_NAME).write_text(json.dumps(read_json(folder / CONFIG_NAME)), encoding="utf-8")
+        try:
+            vae, info = AutoencoderKL.from_pretrained(rewritten, output_loading_info=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the weights in {folder} do not fit its config: {unreadable(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"the weights in {folder} lack {len(missing)} entries, such as {missing[0]}")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
-    return json.loads(file.read_text(encoding="utf-8"))
+    vae.register_to_config(_name_or_path=folder.name)
+    return vae

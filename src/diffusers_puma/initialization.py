@@ -5,7 +5,6 @@ the release, from a saved `PumaPipeline`, or from a plain pipeline such as Stabl
 the decoder of every scale (report section 3.2). One decoder at a time is in memory.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from diffusers.utils import logging
+from diffusers import DDPMScheduler
+from diffusers.utils import CONFIG_NAME, logging
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from puma_files import read_json
 from transformers_puma import PumaForConditionalGeneration, PumaImageProcessor, PumaProcessor, tokens_per_scale
 from transformers_puma.assembly import (
     assemble_puma,
@@ -36,7 +36,10 @@ from .conversion import (
     TOKEN_COUNTS,
     UNUSED,
     convert_released_decoders,
+    empty_decoder,
+    read_vae,
     read_weights,
+    require_components,
     require_release,
 )
 from .folders import new_folder
@@ -45,6 +48,7 @@ from .unet_puma import PumaUNet2DConditionModel, initial_position_table
 
 PIPELINE_INDEX = "model_index.json"
 RELEASE, PUMA, PLAIN = "release", "puma", "plain"
+PLAIN_PARTS = ("unet", "vae", "scheduler")
 # Of a source on the Hub: not its language model, nor weights that are there once more in another format.
 HUB_FILES = [
     PIPELINE_INDEX,
@@ -177,8 +181,17 @@ class _DecoderSource:
     kind: str
     index: Mapping[str, Any]
 
+    @property
+    def encoder(self) -> Path | None:
+        """The model that holds the encoder which the decoders were trained with, if it is there."""
+        folder = self.folder / (IMAGE_ENCODER if self.kind == RELEASE else "image_encoder")
+        if folder.is_dir():
+            return folder
+        return self.folder if any((self.folder / "mllm").glob("*.safetensors")) else None
+
     @classmethod
     def find(cls, name: str) -> "_DecoderSource":
+        """Raises `ValueError` or `OSError` unless decoders and VAE are there, with whole weights."""
         folder = Path(name)
         if not folder.is_dir():
             folder = _download(name)
@@ -186,13 +199,15 @@ class _DecoderSource:
             require_release(folder)
             return cls(name, folder, RELEASE, {})
         file = folder / PIPELINE_INDEX
-        index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        index = read_json(file) if file.is_file() else {}
         if index.get("_class_name") == "PumaPipeline":
-            for component in _component_classes(index):
-                if not (folder / component).is_dir():
-                    raise FileNotFoundError(f"{folder / component} is missing")
-            return cls(name, folder, PUMA, index)
-        if all((folder / part).is_dir() for part in ("unet", "vae", "scheduler")):
+            require_components(folder, _component_classes(index))
+            source = cls(name, folder, PUMA, index)
+            if source.encoder is not None:
+                require_encoder(str(source.encoder))
+            return source
+        if all((folder / part).is_dir() for part in PLAIN_PARTS):
+            require_components(folder, PLAIN_PARTS)
             return cls(name, folder, PLAIN, index)
         raise ValueError(
             f"{name} holds no decoders: expected {DECODERS} as in the release, a saved PumaPipeline, or the folders "
@@ -220,7 +235,10 @@ def _require_fit(source: _DecoderSource, encoder: CLIPVisionModel) -> None:
     elif source.kind == PUMA:
         for name in _component_classes(source.index):
             if name.startswith("unet_"):
-                decoder = PumaUNet2DConditionModel.load_config(source.folder / name)
+                file = source.folder / name / CONFIG_NAME
+                decoder = read_json(file)
+                if not {"num_tokens", "encoder_hid_dim"} <= decoder.keys():
+                    raise ValueError(f"{file} describes no decoder of PUMA: it needs num_tokens and encoder_hid_dim")
                 takes[int(name.removeprefix("unet_"))] = decoder["num_tokens"], decoder["encoder_hid_dim"]
     for scale, taken in takes.items():
         given = gives[scale] if scale < len(gives) else None
@@ -236,12 +254,9 @@ def _state_of_decoders(source: _DecoderSource, encoder: CLIPVisionModel) -> str:
     """What is left to do with the decoders, given the encoder that they are to follow."""
     if source.kind == PLAIN:
         return "plain UNet with a new feature projection, must be trained"
-    theirs = source.folder / (IMAGE_ENCODER if source.kind == RELEASE else "image_encoder")
-    if not theirs.is_dir():
-        theirs = source.folder
-        if not any((theirs / "mllm").glob("*.safetensors")):
-            return "pretrained, for the encoder that it was trained with"
-    weights = load_encoder(str(theirs))[0].state_dict()
+    if source.encoder is None:
+        return "pretrained, for the encoder that it was trained with"
+    weights = load_encoder(str(source.encoder))[0].state_dict()
     # Either may have been rounded to half precision since.
     is_same = all(
         name in weights
@@ -260,7 +275,7 @@ def _write_decoders(source: _DecoderSource, model: PumaForConditionalGeneration,
     if source.kind == RELEASE:
         folder, move = work.parent / "converted", shutil.move
         convert_released_decoders(source.folder, folder)
-        index = json.loads((folder / PIPELINE_INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / PIPELINE_INDEX)
 
     components: Components = {}
     for name, class_name in _component_classes(index).items():
@@ -279,18 +294,17 @@ def _component_classes(index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write_plain_decoders(source: _DecoderSource, model: PumaForConditionalGeneration, work: Path) -> Components:
-    vae = AutoencoderKL.from_pretrained(source.folder / "vae")
-    vae.register_to_config(_name_or_path="vae")
+    vae = read_vae(source.folder / "vae")
     vae.save_pretrained(work / "vae")
     # As the release is read, and as decoders are trained.
     scheduler = DDPMScheduler.from_pretrained(source.folder / "scheduler")
     scheduler.save_pretrained(work / "scheduler")
     components: Components = {"vae": vae.to("meta"), "scheduler": scheduler}
 
-    config = UNet2DConditionModel.load_config(source.folder / "unet")
+    config = read_json(source.folder / "unet" / CONFIG_NAME)
     if config.get("in_channels", 4) != vae.config.latent_channels:
         raise ValueError(
-            f"the UNet of {source.name} takes {config['in_channels']} channels, but the VAE's latents have "
+            f"the UNet of {source.name} takes {config.get('in_channels', 4)} channels, but the VAE's latents have "
             f"{vae.config.latent_channels}: expected a text-to-image pipeline"
         )
     weights = {name: w for name, w in read_weights(source.folder / "unet").items() if not name.startswith(UNUSED)}
@@ -313,9 +327,7 @@ def _decoder_from_plain(
     source: _DecoderSource, config: dict[str, Any], weights: dict[str, torch.Tensor]
 ) -> PumaUNet2DConditionModel:
     """A decoder that shares the plain UNet's weights; its projection and position table are new."""
-    arguments, _, _ = PumaUNet2DConditionModel.extract_init_dict(config)
-    with torch.device("meta"):
-        decoder = PumaUNet2DConditionModel(**arguments)
+    decoder = empty_decoder(source.folder / "unet", config)
     projection = decoder.encoder_hid_proj.to_empty(device="cpu")
     projection.reset_parameters()
     new = {f"encoder_hid_proj.{name}": weight for name, weight in projection.state_dict().items()}

@@ -1,8 +1,8 @@
 """Where this package meets names that diffusers keeps private. One place, tested with each supported version.
 
 Saved folders name their components' classes by library; diffusers knows which libraries it may load from, and
-`DiffusionPipeline.from_pretrained` looks for pipelines in its own namespace. LoRA files and offloading go through
-helpers of diffusers and accelerate that have no public name either.
+`DiffusionPipeline` and `AutoModel` look for pipelines and lone models in its own namespace. LoRA files and offloading
+go through helpers of diffusers and accelerate that have no public name either.
 """
 
 import json
@@ -20,6 +20,10 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from puma_files import read_json, read_safetensors_header
+
+from .unet_puma import PumaUNet2DConditionModel
+
 WEIGHT_FILES = "model*.safetensors*"  # whole, sharded, variants, and their indexes
 COMPONENTS = {
     "transformers_puma": ["PumaForConditionalGeneration", "PumaProcessor"],
@@ -32,7 +36,8 @@ def register_pipeline(pipeline_class: type[DiffusionPipeline]) -> None:
     for library, names in COMPONENTS.items():
         LOADABLE_CLASSES[library] = {name: ["save_pretrained", "from_pretrained"] for name in names}
         ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES[library])
-    setattr(diffusers, pipeline_class.__name__, pipeline_class)
+    for named_by_folders in (pipeline_class, PumaUNet2DConditionModel):
+        setattr(diffusers, named_by_folders.__name__, named_by_folders)
     # How `set_adapters` reads per-block weights is looked up by the model's class name.
     _SET_ADAPTER_SCALE_FN_MAPPING["PumaUNet2DConditionModel"] = _SET_ADAPTER_SCALE_FN_MAPPING["UNet2DConditionModel"]
 
@@ -118,14 +123,12 @@ def write_language_model_root(folder: Path) -> None:
 def _weight_indexes(folder: Path) -> dict[str, dict]:
     """`{file name: index}` of a model's safetensors weights, whole or sharded, in each variant that is there."""
     stem, suffix = SAFE_WEIGHTS_INDEX_NAME.removesuffix(".json"), ".json"
-    indexes = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{stem}*{suffix}")}
+    indexes = {file.name: read_json(file) for file in folder.glob(f"{stem}*{suffix}")}
     for file in folder.glob("model*.safetensors"):
         if "-of-" in file.name:
             continue
         variant = file.name.removeprefix("model").removesuffix(".safetensors")
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        header.pop("__metadata__", None)
+        header = read_safetensors_header(file)
         sizes = [tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in header.values()]
         weight_map = dict.fromkeys(header, file.name)
         indexes[f"{stem}{variant}{suffix}"] = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}

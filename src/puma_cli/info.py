@@ -1,12 +1,13 @@
 """`puma info`: what a model folder holds, read from configs and from the headers of weight files. Loads no weight."""
 
 import argparse
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from puma_files import read_json, read_safetensors_header
 
 from .errors import UserError
 from .model_source import CONFIG, ModelSource, find_model
@@ -33,7 +34,9 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(model.name)
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder} (a model on the Hub must be downloaded first)")
-    parts = {name: folder / name for name in model.components} or {_kind(model): folder}
+    # Pipelines have lists of other things in their index too.
+    components = [name for name in model.components if isinstance(model.index[name][0], str)]
+    parts = {name: folder / name for name in components} or {_kind(model): folder}
     for name in [*(f"unet_{scale}" for scale in model.decoders), *(["vae"] if model.decoders else [])]:
         if not (folder / name / CONFIG).is_file():
             raise UserError(f"{folder / name / CONFIG} is missing: the folder is not complete")
@@ -51,23 +54,34 @@ def _class_name(config: dict[str, Any]) -> str:
     return config.get("_class_name") or (config.get("architectures") or ["?"])[0]
 
 
+def _numbers(config: dict[str, Any], *names: str) -> list[int] | None:
+    """These entries of a config; None unless all are there, since models of other kinds have others, or lists."""
+    values = [config.get(name) for name in names]
+    return values if all(isinstance(value, int) for value in values) else None
+
+
 def _summary(model: ModelSource, folder: Path, tensors: dict[str, Tensors]) -> Iterator[str]:
     every = [tensor for part in tensors.values() for tensor in part.values()]
     yield f"{folder}: {_count(every):,} parameters, {_size(every)}"
     vision = model.config.get("vision_config") or _read_config(folder / "image_encoder")
-    if vision:
-        grid = vision["image_size"] // vision["patch_size"]
+    if numbers := _numbers(vision, "image_size", "patch_size", "hidden_size"):
+        size, patch_size, channels = numbers
+        grid = size // patch_size
         yield (
-            f"encoder: {vision['image_size']} x {vision['image_size']} pixels -> "
-            f"{grid} x {grid} tokens of {vision['hidden_size']} channels"
+            f"encoder: {size} x {size} pixels -> {grid} x {grid} tokens of {channels} channels"
             + (f", {model.config['num_scales']} scales" if "num_scales" in model.config else "")
         )
-    vae = _read_config(folder / "vae")
+    blocks = _read_config(folder / "vae").get("block_out_channels")
+    if model.decoders and not blocks:
+        raise UserError(f"{folder / 'vae' / CONFIG} describes no VAE of PUMA's: it has no block_out_channels")
     for scale in model.decoders:
-        config = _read_config(folder / f"unet_{scale}")
-        size = config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-        yield f"scale {scale}: {config['num_tokens']} tokens -> {size} x {size} pixels"
-    if model.decoders:
+        part = folder / f"unet_{scale}"
+        numbers = _numbers(_read_config(part), "num_tokens", "sample_size")
+        if numbers is None:
+            raise UserError(f"{part / CONFIG} describes no decoder of PUMA: it needs num_tokens and sample_size")
+        size = numbers[1] * 2 ** (len(blocks) - 1)
+        yield f"scale {scale}: {numbers[0]} tokens -> {size} x {size} pixels"
+    if "default_num_inference_steps" in model.index:
         yield f"denoising steps by default: {model.index['default_num_inference_steps']}"
 
 
@@ -111,29 +125,11 @@ def _size(tensors: list[dict[str, Any]]) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _read_weights(folder: Path) -> Tensors:
     """Name -> dtype, shape and offsets of each tensor in a folder's weight files, whole or in shards."""
     files = sorted(folder.glob("*.safetensors"))
     whole = [file for file in files if file.name in WHOLE_FILES]
-    return {name: tensor for file in whole or files for name, tensor in _read_header(file).items()}
-
-
-def _read_header(file: Path) -> Tensors:
-    """The JSON at the start of a safetensors file: eight bytes with its length, then the text.
-
-    Raises:
-        UserError: another kind of file, or one that was cut off, such as the pointer that git leaves without LFS.
-    """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > file.stat().st_size - 8:
-            raise UserError(f"{file} is no complete safetensors file")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if 8 + length + end != file.stat().st_size:
-        raise UserError(f"{file} is cut off: {file.stat().st_size} bytes of {8 + length + end}")
-    return header
+    return {name: tensor for file in whole or files for name, tensor in read_safetensors_header(file).items()}

@@ -5,8 +5,13 @@ tokens in the vocabulary.
 """
 
 import copy
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
@@ -20,7 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import PROCESSOR_NAME, has_file
+from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, has_file
+
+from puma_files import read_safetensors_header, shard_files, unreadable
 
 from .cache_name_puma import CACHE
 from .configuration_puma import PumaConfig
@@ -38,7 +45,7 @@ VISION_TOWER = {r"^model\.vision_tower\.": ""}
 
 def require_language_model(name: str) -> None:
     """Raises, without reading any weight, what `load_language_model` would of a model of another kind."""
-    config = AutoConfig.from_pretrained(name)
+    config = _read_config(name)
     expected = "expected a decoder-only language model"
     if config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model ({config.model_type}): {expected}")
@@ -46,6 +53,7 @@ def require_language_model(name: str) -> None:
         raise ValueError(f"{name} is of type {config.model_type}, which writes no text: {expected}")
     if config.get_text_config() is not config:
         raise ValueError(f"{name} ({config.model_type}) reads more than text: {expected}, its text part alone")
+    _require_whole_weights(name)
 
 
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -55,15 +63,19 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         name: a folder, or an id on the Hub.
 
     Raises:
-        ValueError: not a decoder-only model of text, incomplete weights, or logits that are more than one Linear of
-            the last hidden state, which is what PUMA computes.
+        ValueError: not a decoder-only model of text, weights or a tokenizer that are incomplete or unreadable, or
+            logits that are more than one Linear of the last hidden state, which is what PUMA computes.
         OSError: no such folder or id.
     """
     require_language_model(name)
-    language_model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
-    _require_complete(name, info)
-    _require_plain_decoder(name, language_model.eval())
-    return language_model, AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        # tokenizers has no exception of its own.
+        raise ValueError(f"the tokenizer of {name} cannot be read: {unreadable(error)}") from error
+    language_model = _load(AutoModelForCausalLM, name)
+    _require_plain_decoder(name, language_model)
+    return language_model, tokenizer
 
 
 def require_encoder(name: str) -> None:
@@ -72,9 +84,10 @@ def require_encoder(name: str) -> None:
         if not all(_open_clip_names(name)):
             raise ValueError(f"{name!r} must be {OPEN_CLIP}ARCH/TAG, such as {OPEN_CLIP}ViT-L-14/openai")
         return
-    model_type = AutoConfig.from_pretrained(name).model_type
+    model_type = _read_config(name).model_type
     if model_type not in ("puma", "clip", "clip_vision_model"):
         raise ValueError(f"{name} is of type {model_type}: expected a CLIP encoder")
+    _require_whole_weights(name)
 
 
 def load_encoder(name: str) -> tuple[CLIPVisionModel, PumaImageProcessor]:
@@ -85,18 +98,17 @@ def load_encoder(name: str) -> tuple[CLIPVisionModel, PumaImageProcessor]:
             see `load_open_clip`.
 
     Raises:
-        ValueError: another kind of model, or incomplete weights.
+        ValueError: another kind of model, or weights that are incomplete or unreadable.
         OSError: no such folder or id.
     """
     require_encoder(name)
     if name.startswith(OPEN_CLIP):
         return load_open_clip(*_open_clip_names(name))
-    config = AutoConfig.from_pretrained(name)
+    config = _read_config(name)
     # Of a PUMA only the encoder's weights are read.
     inside = {"config": config.vision_config, "key_mapping": VISION_TOWER} if config.model_type == "puma" else {}
-    vision, info = CLIPVisionModel.from_pretrained(name, output_loading_info=True, **inside)
-    _require_complete(name, info)
-    return vision.eval(), _load_image_processor(name, vision.config.image_size)
+    vision = _load(CLIPVisionModel, name, **inside)
+    return vision, _load_image_processor(name, vision.config.image_size)
 
 
 def _open_clip_names(name: str) -> tuple[str, str]:
@@ -180,10 +192,38 @@ def _generation_config(
     return config
 
 
-def _require_complete(name: str, info: dict) -> None:
+def _read_config(name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except StrictDataclassError as error:
+        raise ValueError(f"the config of {name} describes no model: {unreadable(error)}") from error
+
+
+def _require_whole_weights(name: str) -> None:
+    """Raises, of a folder whose safetensors weights are cut off or mere pointers, an error that names the file."""
+    whole, index = Path(name, SAFE_WEIGHTS_NAME), Path(name, SAFE_WEIGHTS_INDEX_NAME)
+    for file in [whole] if whole.is_file() else shard_files(index) if index.is_file() else []:
+        read_safetensors_header(file)
+
+
+def _load(model_class: Any, name: str, **arguments: Any) -> PreTrainedModel:
+    """A pretrained model in evaluation mode; raises `ValueError` unless it has all of its weights."""
+    try:
+        # What does not fit is reported below, since the error for it names no weight.
+        model, info = model_class.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    except (SafetensorError, UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"the weights of {name} cannot be read: {unreadable(error)}") from error
+    if info["mismatched_keys"]:
+        key, found, expected = min(info["mismatched_keys"])
+        raise ValueError(
+            f"the weights of {name} do not fit its config: {key} has shape {tuple(found)}, not {tuple(expected)}"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"the weights of {name} lack {len(missing)} entries, such as {missing[0]}")
+    return model.eval()
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from puma_files import unreadable
+
 from .image_processing_puma import PumaImageProcessor
 
 EMBEDDINGS = {
@@ -38,7 +40,8 @@ def load_open_clip(arch: str, tag: str) -> tuple[CLIPVisionModel, PumaImageProce
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
-        ValueError: an architecture or weights that open_clip does not know, or a tower that is no plain CLIP.
+        ValueError: an architecture or weights that open_clip does not know or cannot load, such as without a network;
+            or a tower that is no plain CLIP.
     """
     open_clip = _import_open_clip()
     if arch not in open_clip.list_models():
@@ -48,7 +51,11 @@ def load_open_clip(arch: str, tag: str) -> tuple[CLIPVisionModel, PumaImageProce
         raise ValueError(f"open_clip has no weights {tag!r} for {arch}: expected one of {tags} or a weight file")
     # An architecture's own activation is not what all of its weights were trained with: open_clip only warns.
     quick_gelu = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
-    model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick_gelu)
+    try:
+        model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick_gelu)
+    except Exception as error:
+        # Of a file that is no checkpoint open_clip raises whatever goes wrong first, even a `StopIteration`.
+        raise ValueError(f"open_clip cannot load the weights {tag!r} of {arch}: {unreadable(error)}") from error
 
     vision = clip_vision_from_open_clip(model.visual)
     size, preprocessing = vision.config.image_size, model.visual.preprocess_cfg

@@ -399,7 +399,7 @@ class TestMistakes:
     def test_pipeline_without_one_of_its_decoders(self, tmp_path, llama, full_model):
         shutil.copytree(full_model, tmp_path / "source")
         shutil.rmtree(tmp_path / "source" / "unet_2")
-        with pytest.raises(FileNotFoundError, match="unet_2 is missing"):
+        with pytest.raises(FileNotFoundError, match="unet_2/config.json is missing"):
             initialize_puma(llama, ENCODER, tmp_path / "source", tmp_path / "out")
 
     def test_folder_without_decoders(self, tmp_path, llama):

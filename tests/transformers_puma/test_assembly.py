@@ -1,5 +1,7 @@
 """Pretrained parts joined: the language model still computes what it did, and what PUMA cannot compute is refused."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from transformers_puma import PumaImageProcessor
-from transformers_puma.assembly import assemble_puma, load_encoder, load_language_model
+from transformers_puma.assembly import assemble_puma, load_encoder, load_language_model, require_language_model
 from transformers_puma.image_processing_puma import CLIPImageProcessorPil
 
 LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -198,6 +200,47 @@ def test_incomplete_weights_are_refused(tmp_path):
         load_language_model(str(tmp_path))
 
 
+def test_weights_of_another_shape_are_refused(tmp_path):
+    save_language_model(tmp_path, "llama", **TEXT)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.intermediate_size = 64
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mlp.down_proj.weight has shape \(32, 48\), not \(32, 64\)"):
+        load_language_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+def test_cut_off_weights_are_named_before_any_is_read(tmp_path, shard_size):
+    save_language_model(tmp_path, "llama", **TEXT).save_pretrained(tmp_path, max_shard_size=shard_size)
+    file = max(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{file} is no complete safetensors file"):
+        require_language_model(str(tmp_path))
+
+
+def test_pickled_code_is_refused(tmp_path):
+    save_language_model(tmp_path, "llama", **TEXT)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"a": pytest.fail}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"the weights of {tmp_path} cannot be read: it holds something else"):
+        load_language_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": "1.0"}'])
+def test_damaged_tokenizer_is_refused(tmp_path, content):
+    save_language_model(tmp_path, "llama", **TEXT)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=f"the tokenizer of {tmp_path} cannot be read"):
+        load_language_model(str(tmp_path))
+
+
+def test_impossible_config_is_refused(tmp_path):
+    save_language_model(tmp_path, "llama", **TEXT)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TEXT, "num_attention_heads": 5}))
+    with pytest.raises(ValueError, match=f"the config of {tmp_path} describes no model: .*not a multiple"):
+        load_language_model(str(tmp_path))
+
+
 def same_encoder(left: torch.nn.Module, right: torch.nn.Module) -> bool:
     weights = right.state_dict()
     return all(torch.equal(weight, weights[name]) for name, weight in left.state_dict().items())
@@ -239,6 +282,12 @@ class TestEncoder:
         vision, image_processor = load_encoder(str(tmp_path / "puma"))
         assert same_encoder(vision, model.model.vision_tower)
         assert tuple(image_processor.image_mean) == (0.1, 0.2, 0.3)
+
+    def test_damaged_weights_are_named(self, tmp_path):
+        make_vision().save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+        with pytest.raises(ValueError, match=f"{tmp_path}/model.safetensors is no complete safetensors file"):
+            load_encoder(str(tmp_path))
 
     def test_other_models_are_refused(self, tmp_path):
         save_language_model(tmp_path, "llama", **TEXT)

@@ -161,6 +161,27 @@ def test_unknown_names(architecture):
         load_open_clip("tiny-ViT", "slow")
 
 
+def test_unreadable_weights(architecture, tmp_path, monkeypatch):
+    _, weights = architecture
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "text.bin").write_text("version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "empty.bin").touch()
+    torch.save({"visual.proj": torch.ones(3)}, tmp_path / "other.bin")
+    reasons = {
+        "cut.safetensors": "SafetensorError",
+        "text.bin": "something else than tensors",
+        "empty.bin": "EOFError",
+    }
+    for name, reason in (reasons | {"other.bin": "RuntimeError: .*Missing key"}).items():
+        with pytest.raises(ValueError, match=f"open_clip cannot load the weights '.*/{name}' of tiny-ViT: .*{reason}"):
+            load_open_clip("tiny-ViT", str(tmp_path / name))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED["tiny-ViT"], "hub", {"hf_hub": "nobody/nothing/"})
+    with pytest.raises(ValueError, match="cannot load the weights 'hub' of tiny-ViT: .*Failed to download"):
+        load_open_clip("tiny-ViT", "hub")
+
+
 def test_known_published_weights_want_quick_gelu():
     assert open_clip.get_pretrained_cfg("ViT-L-14", "openai")["quick_gelu"]
     assert not open_clip.get_model_config("ViT-L-14").get("quick_gelu", False)
