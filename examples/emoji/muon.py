@@ -1,8 +1,26 @@
 """Muon for the matrices of a language model, AdamW for the rest of it."""
 
+from dataclasses import fields
+
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+
+from transformers_puma.training import PumaTrainingArguments
+
+# Of an optimizer that `MuonWithAdamW` takes the place of.
+UNUSED = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "projector_learning_rate")
+
+
+def check_unused(arguments: PumaTrainingArguments) -> None:
+    """Raises `ValueError` for an argument that has no part in `MuonWithAdamW` and is not its default."""
+    values = arguments.to_dict()
+    for field in fields(arguments):
+        if field.name in UNUSED and values[field.name] != field.default:
+            raise ValueError(
+                f"--{field.name} {values[field.name]} has no part in Muon, which trains a whole model: leave it at "
+                f"{field.default}"
+            )
 
 
 class MuonWithAdamW(Optimizer):

@@ -12,7 +12,7 @@ from build_scenes import load_scenes
 from cache_features import load_cache
 from emoji_tasks import KINDS, EmojiRows, EmojiSplit, TaskMix, all_texts
 from emoji_training import StageArguments, count_parameters, load_pictures, parse_arguments, run_stage
-from muon import MuonWithAdamW
+from muon import MuonWithAdamW, check_unused
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -168,7 +168,13 @@ def train(
     evaluated: TaskMix = DRAWING,
     held_out: str = "heldout_pair",
 ) -> None:
-    """Trains on rows of `mix`, evaluates on rows of `evaluated` of a held-out split, and writes `stage.out`."""
+    """Trains on rows of `mix`, evaluates on rows of `evaluated` of a held-out split, and writes `stage.out`.
+
+    Raises:
+        ValueError: for a whole model, arguments of an optimizer that is not used.
+    """
+    if not isinstance(model, PeftModel):
+        check_unused(arguments)
     pictures, scenes = load_pictures(stage.data), load_scenes(options.scenes)
 
     def rows(split: str, length: int, mix: TaskMix) -> EmojiRows:

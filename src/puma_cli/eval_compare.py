@@ -61,8 +61,12 @@ def read_results(file: Path) -> dict[str, Any]:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(results, dict) or not {"task", "scores", "settings", "num_samples"} <= results.keys():
+    if not isinstance(results, dict) or not isinstance(results.get("settings"), dict):
         raise UserError(f"{file} is not the results file of an evaluation")
+    missing = [name for name in ("task", "scores", "num_samples") if name not in results]
+    missing += [f"settings.{name}" for name in ("model", "data") if name not in results["settings"]]
+    if missing:
+        raise UserError(f"{file} is not the results file of an evaluation: it has no {', '.join(missing)}")
     return results
 
 

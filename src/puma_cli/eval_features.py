@@ -2,6 +2,7 @@
 
 import argparse
 
+from .errors import UserError
 from .eval_options import (
     add_drawing_options,
     add_lpips_option,
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> None:
         from diffusers_puma.evaluation import FeatureErrors, load_lpips, open_captions, open_edits
 
         samples = open_edits(data, args.split) if args.edits else open_captions(data, args.split, args.template)
+        truth = "target" if args.edits else "image"
+        if not samples.have(truth):
+            raise UserError(f"{data} has no true pictures: the column {truth} is missing")
         lpips = load_lpips(args.lpips_weights)
     drawer = load_drawer(args, model, (0,))
     run_evaluation(args, FeatureErrors(drawer, args.out, lpips.to(drawer.pipe.device)), samples, model.name)

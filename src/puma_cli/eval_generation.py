@@ -1,6 +1,7 @@
 """`puma eval generation`: pictures drawn from captions (report tables 2 and 6), or for other benchmarks' scorers."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from .errors import UserError
 from .eval_options import (
@@ -17,7 +18,13 @@ from .eval_options import (
 )
 from .model_source import find_model
 
-METRICS = ("clip", "lpips", "fid", "frechet_alexnet")
+if TYPE_CHECKING:
+    from diffusers_puma.evaluation import Samples
+
+# Each with the network of `Generation` that measures it.
+METRICS = {"clip": "clip", "lpips": "lpips", "fid": "frechet", "frechet_alexnet": "frechet"}
+DEFAULT = ["clip", "lpips", "fid"]
+SEEDS = (0, 1)
 BENCHMARKS = ("geneval", "dpg")
 
 
@@ -38,7 +45,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--template", metavar="TEXT", help="prompts of a data set's columns, such as '{name} in {style} style'"
     )
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="(clip lpips fid)")
+    parser.add_argument(
+        "--metrics", nargs="+", choices=METRICS, help="(clip lpips fid, as far as there is something to compare)"
+    )
     parser.add_argument("--clip", metavar="ARCH/TAG", help="of open_clip, or ARCH/FILE (ViT-B-32/openai)")
     parser.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's, for FID (default: downloaded)")
     add_drawing_options(parser, "0 1; 0 .. 3 with --benchmark")
@@ -50,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     model.require_language_model("a prompt")
     if args.benchmark is not None:
         return draw_benchmark(args, model, data)
-    metrics = check_metrics(args.metrics or ["clip", "lpips", "fid"])
+    metrics = check_metrics(args.metrics or DEFAULT)
     if {"fid", "frechet_alexnet"} <= metrics:
         raise UserError("--metrics: fid and frechet_alexnet are the same distance with different networks; choose one")
     with missing_packages_as_user_errors():
@@ -65,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         from diffusers_puma.evaluation.encoders import CLIP
 
         samples = open_captions(data, args.split, args.template)
+        metrics -= _idle(metrics, samples, args)
         device = process_device(args)
         clip = load_clip(args.clip or CLIP, device) if "clip" in metrics else None
         alexnet = load_lpips(args.lpips_weights).to(device) if {"lpips", "frechet_alexnet"} & metrics else None
@@ -72,5 +82,21 @@ def run(args: argparse.Namespace) -> None:
     if "frechet_alexnet" in metrics:
         frechet = AlexNetEncoder(alexnet)
     lpips = alexnet if "lpips" in metrics else None
-    drawer = load_drawer(args, model, (0, 1))
+    drawer = load_drawer(args, model, SEEDS)
     run_evaluation(args, Generation(drawer, args.out, clip, lpips, frechet), samples, model.name)
+
+
+def _idle(metrics: set[str], samples: "Samples", args: argparse.Namespace) -> set[str]:
+    """The metrics that would find nothing to compare.
+
+    Raises:
+        UserError: one of those that `--metrics` names.
+    """
+    from diffusers_puma.evaluation.generation import lacking
+
+    needs = lacking(samples.have("image"), len(args.seeds or SEEDS))
+    idle = {metric for metric in metrics if METRICS[metric] in needs}
+    if args.metrics and idle:
+        metric = min(idle)
+        raise UserError(f"--metrics {metric} needs {needs[METRICS[metric]]}, and {args.data} has captions alone")
+    return idle

@@ -31,6 +31,11 @@ def scale_schedule_or_best(text: str) -> Scale:
 
 def _schedule(text: str) -> list[tuple[float, int]]:
     *parts, last = [part.partition(":")[::2] for part in text.split(",")]
+    if not all(until for _, until in parts):
+        raise argparse.ArgumentTypeError(
+            "a schedule names each scale but the last with the part of the steps up to which it draws, as in 3:0.4,0, "
+            f"got {shown(text)}"
+        )
     schedule = [(number(until), _scale(scale, ())) for scale, until in parts]
     schedule.append((number(last[1] or "1"), _scale(last[0], ())))
     untils = [0.0, *(until for until, _ in schedule)]

@@ -31,7 +31,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from transformers import BatchFeature
@@ -46,6 +46,10 @@ from .pictures import decode_picture
 from .scoring import caption_scorer
 
 MAX_PICTURES = 10  # of one request, as OpenAI's
+# A side of a picture, in units of what the decoders were made for. Attention grows with the fourth power of it, up to
+# all the memory that there is.
+MAX_ENLARGEMENT = 2
+MIN_TEMPERATURE = 1e-6  # scores divided by less could leave the range of float32
 
 
 class NoSuchModel(ValueError):
@@ -69,6 +73,12 @@ def _parse_size(value: Any) -> Any:
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"must be auto or WIDTHxHEIGHT in pixels, got {shown(value)}")
     return parts
+
+
+def _check_temperature(value: float) -> float:
+    if 0 < value < MIN_TEMPERATURE:
+        raise ValueError(f"must be 0, for the likeliest answer, or from {MIN_TEMPERATURE} to 2, got {value}")
+    return value
 
 
 class _Fields(BaseModel):
@@ -103,7 +113,7 @@ class ChatRequest(_Fields):
     messages: list[dict[str, Any]]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2), AfterValidator(_check_temperature)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     stream: bool = False
 
@@ -141,17 +151,24 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
     worker = ThreadPoolExecutor(1)  # all that the model does: one request at a time
     if Path(name).is_dir():
         name = Path(name).resolve().name
+    sizes = [getattr(pipe, f"unet_{scale}").config.sample_size for scale in pipe.scales]
+    max_side = MAX_ENLARGEMENT * max(sizes) * pipe.vae_scale_factor
     served = {"id": name, "object": "model", "created": 0, "owned_by": "puma"}
 
     def respond(request: DrawRequest, images: list[Image.Image]) -> dict[str, Any]:
         check_model(request.model)
         check_best(request.scale, request.prompt, images)
+        if request.scale == "best" and request.n > 1:
+            raise UserError(f"n: scale best gives the one picture that ranks first, got {request.n}")
         inputs: dict[str, Any] = {"prompt": request.prompt, "num_images_per_prompt": request.n}
         if images:
             inputs["image"] = [images]
         if request.scale == "best" and pipe.mllm is not None:
             inputs["scorer"] = caption_scorer(pipe.mllm, pipe.processor)
         if request.size is not None:
+            if max(request.size) > max_side:
+                size = shown("x".join(map(str, request.size)))
+                raise UserError(f"size: neither side may have more than {max_side} pixels with this model, got {size}")
             inputs["width"], inputs["height"] = request.size
         pictures = worker.submit(draw, pipe, request, **inputs).result()
         if not isinstance(pictures, dict):
@@ -249,11 +266,7 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     @app.exception_handler(ValidationError)
     def refuse_fields(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
-        faults = [
-            f"{'.'.join(map(str, fault['loc'])).removeprefix('body.')}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-        return _refusal("; ".join(faults))
+        return _refusal("; ".join(map(_fault, error.errors())))
 
     @app.exception_handler(ValueError)
     def refuse(_: Request, error: ValueError) -> JSONResponse:
@@ -265,6 +278,15 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
         return _refusal(f"{where}: {error.detail}", error.status_code, error.headers)
 
     return app
+
+
+def _fault(fault: dict[str, Any]) -> str:
+    """What pydantic or FastAPI found wrong with a request, in a sentence."""
+    if fault["type"] == "json_invalid":
+        return f"the body is not valid JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}"
+    if fault["loc"] == ("body",):
+        return "the body must be a JSON object, with the content type application/json"
+    return f"{'.'.join(map(str, fault['loc'])).removeprefix('body.')}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 def _refusal(message: str, status: int = 400, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -4,14 +4,20 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
+from transformers_puma.training import PumaTrainingArguments
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "emoji"))
 
+from emoji_training import StageArguments  # noqa: E402
 from muon import MuonWithAdamW  # noqa: E402
+from train_language_model import DRAWING, CachedData, train  # noqa: E402
 
 
 def make() -> nn.Module:
@@ -93,3 +99,23 @@ def test_a_closure_gives_the_loss():
     first = optimizer.step(closure)
     assert torch.equal(first, loss_of(make()))
     assert optimizer.step(closure) < first
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("optim", "adafactor"),
+        ("optim_args", "a=1"),
+        ("adam_beta1", 0.5),
+        ("adam_beta2", 0.5),
+        ("adam_epsilon", 0.5),
+        ("projector_learning_rate", 0.5),
+    ],
+)
+def test_arguments_of_another_optimizer_are_for_adapters_alone(option, value, tmp_path):
+    arguments = PumaTrainingArguments(str(tmp_path / "out"), **{option: value})
+    rest = (None, StageArguments(data=str(tmp_path / "none")), arguments, CachedData(), DRAWING)
+    with pytest.raises(ValueError, match=f"--{option} {value} has no part in Muon, .*: leave it at "):
+        train(make(), *rest)
+    with pytest.raises(FileNotFoundError, match="none"):  # of the data, which are read next
+        train(get_peft_model(make(), LoraConfig(target_modules=["head"])), *rest)

@@ -129,6 +129,23 @@ def test_generation_editing_and_features(run, fails, full_folder, edits, distrib
     fails("no such file with Inception weights", "generation", *common, "--metrics", "fid", "--inception-weights", "w")
 
 
+def test_captions_alone(run, fails, full_folder, distribution, clip_name, tmp_path):  # noqa: F811
+    Dataset.from_dict({"caption": ["a cat"]}).save_to_disk(tmp_path / "captions")
+    common = ["--model", full_folder, "--data", "captions", "--scale", 3, "--size", 32]
+    common += ["--lpips-weights", distribution, "--out", "out"]
+    drawing = ["generation", *common, "--clip", clip_name]
+    fails("--metrics frechet_alexnet needs true pictures", *drawing, "--metrics", "clip", "frechet_alexnet")
+    fails("lpips needs true pictures or several seeds", *drawing, "--metrics", "lpips", "--seeds", 0)
+    fails("captions has no true pictures: the column image is missing", "features", *common)
+    edits = {"image": ["a.png"], "prompt": ["turn it"]}  # noqa: F811
+    Image.new("RGB", (8, 8)).save("a.png")
+    Dataset.from_dict(edits).save_to_disk(tmp_path / "edits")
+    fails("edits has no true pictures: the column target", "features", *common, "--data", "edits", "--edits")
+    assert not Path("out").exists()
+    assert run(*drawing)[0] == 0
+    assert read_results(Path("out"))["scores"]["3"].keys() == {"clip_t", "lpips_d"}
+
+
 def test_pictures_for_a_benchmarks_own_scorer(run, fails, full_folder, distribution):  # noqa: F811
     Path("prompts").mkdir()
     Path("prompts/cat.txt").write_text("a cat")
@@ -220,6 +237,10 @@ def test_compare_puts_results_beside_the_reports(run, fails, tmp_path):
     fails("not valid JSON", "compare", tmp_path / "text")
     (tmp_path / "text").write_text("{}")
     fails("not the results file", "compare", tmp_path / "text")
+    content = json.loads((first / "results.json").read_text())
+    del content["settings"]["model"], content["scores"]
+    (tmp_path / "text").write_text(json.dumps(content))
+    fails("not the results file of an evaluation: it has no scores, settings.model", "compare", tmp_path / "text")
 
 
 def test_mistakes_are_one_line(run, fails, decoders_folder, pictures, distribution, tmp_path):  # noqa: F811

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
+import httpx
 import openai
 import pytest
 import torch
@@ -253,6 +254,11 @@ class TestServe:
             ({"extra_body": {"scale": [3, 4]}}, "scale: must be a scale, all, best or a schedule"),
             ({"size": "big"}, "size: must be auto or WIDTHxHEIGHT in pixels, got 'big'"),
             ({"size": "15x16"}, "width must be a positive multiple of"),
+            (
+                {"size": "16x100000"},
+                "size: neither side may have more than 32 pixels with this model, got '16x100000'",
+            ),
+            ({"n": 2, "extra_body": {"scale": "best"}}, "n: scale best gives the one picture that ranks first, got 2"),
             ({"n": 99}, "n: "),
             ({"quality": "high"}, "quality: "),
             ({"extra_body": {"seed": -1}}, "seed: "),
@@ -264,6 +270,32 @@ class TestServe:
         with pytest.raises(openai.BadRequestError) as caught:
             client.images.generate(**{"prompt": "a cat"} | options)
         assert text in caught.value.body["message"] and caught.value.type == "invalid_request_error"
+
+    @pytest.mark.parametrize(
+        ("body", "content_type", "text"),
+        [
+            ('{"prompt": ', "application/json", "the body is not valid JSON: Expecting value at character 11"),
+            ("[1]", "application/json", "the body must be a JSON object, with the content type application/json"),
+            (
+                '{"prompt": "a"}',
+                "text/plain",
+                "the body must be a JSON object, with the content type application/json",
+            ),
+            ("", "application/json", "the body must be a JSON object, with the content type application/json"),
+        ],
+    )
+    def test_bodies_that_are_no_object(self, client, body, content_type, text):
+        response = httpx.post(
+            f"{client.base_url}images/generations", content=body, headers={"content-type": content_type}
+        )
+        assert (response.status_code, response.json()["error"]["message"]) == (400, text)
+
+    @pytest.mark.parametrize("temperature", [1e-300, 1e-45, -1, 3])
+    def test_temperatures_that_cannot_be(self, client, temperature):
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="temperature: "):
+                ask(client, temperature=temperature, stream=stream, max_tokens=2)
+        assert ask(client, temperature=1e-6, max_tokens=2).usage.completion_tokens == 2
 
     def test_mistakes_about_given_pictures(self, client, tmp_path):
         (tmp_path / "text.png").write_text("no picture")

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from transformers_puma.evaluation.questions import read_json
 from transformers_puma.pictures import as_rgb
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -44,6 +45,10 @@ class Samples(Sequence):
         """The first `count`; all for None or where there are no more."""
         return Samples(self.ids[:count], self.read, self.source)
 
+    def have(self, name: str) -> bool:
+        """Whether they have a field, which all have or none."""
+        return all(name in sample for sample in self.first(1))
+
 
 def fixed_order(ids: list[SampleId]) -> list[SampleId]:
     """Shuffled by a hash of each id."""
@@ -55,14 +60,14 @@ def open_pictures(path: str | Path, split: str | None = None) -> Samples:
 
     Args:
         path: a folder of picture files, searched to the bottom (ImageNet's validation folder); a parquet file or a
-            folder of them with an `image` column (ImageNet as the Hub has it); or a folder of `save_to_disk`.
+            folder of them with an `image` column (ImageNet as the Hub has it), of pictures or of paths to them, which
+            `datasets` takes from the current folder; or a folder of `save_to_disk`.
         split: of a data set with several.
     """
     path = Path(path)
     if _is_table(path):
         table = open_table(path, split)
-        column = _column(table, ("image",), path)
-        return _table_samples(table, path, split, lambda row: {"image": as_rgb(row[column])}, [column])
+        return _table_samples(table, path, split, {"image": _column(table, ("image",), path)}, {})
     if not path.is_dir():
         raise ValueError(f"no such folder or parquet file: {path}")
     files = [file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES]
@@ -82,6 +87,9 @@ def open_captions(path: str | Path, split: str | None = None, template: str | No
         split: of a data set with several.
         template: how a prompt is made of a row's columns, such as `"{name} in {style} style"`; by default it is the
             column `caption`, `prompt` or `text`, of a list its first item.
+
+    Raises:
+        ValueError: files that are not as expected, or a caption that is missing or empty.
     """
     path = Path(path)
     if _is_table(path):
@@ -98,15 +106,24 @@ def _coco(annotations: Path, pictures: Path) -> Samples:
     The report does not say which 30,000 of the 202,654 captions it takes. One of each picture keeps the true pictures
     of FID distinct.
     """
-    content = json.loads(annotations.read_text(encoding="utf-8"))
-    files = {image["id"]: image["file_name"] for image in content["images"]}
-    captions: dict[int, str] = {}
-    for annotation in sorted(content["annotations"], key=lambda item: item["id"]):
-        captions.setdefault(annotation["image_id"], annotation["caption"].strip())
+    content, captions = read_json(annotations), {}
+    try:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        for annotation in sorted(content["annotations"], key=lambda item: item["id"]):
+            captions.setdefault(annotation["image_id"], (annotation["caption"] or "").strip())
+        files = {image_id: pictures / names[image_id] for image_id in captions}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{annotations} must hold images with id and file_name, and annotations of them with id, image_id and "
+            f"caption: {error!r}"
+        ) from error
+    empty = [image_id for image_id, caption in captions.items() if not caption]
+    if empty:
+        raise ValueError(f"{annotations} has an empty caption of image {empty[0]}")
     ids = fixed_order(list(captions))[:COCO_SUBSET]
 
     def read(image_id: int) -> dict[str, Any]:
-        return {"prompt": captions[image_id], "image": read_picture(pictures / files[image_id])}
+        return {"prompt": captions[image_id], "image": read_picture(files[image_id])}
 
     return Samples(ids, read, _source(annotations, None, len(ids)))
 
@@ -114,20 +131,43 @@ def _coco(annotations: Path, pictures: Path) -> Samples:
 def _captions_of_table(path: Path, split: str | None, template: str | None) -> Samples:
     table = open_table(path, split)
     if template is None:
-        columns = [_column(table, CAPTION_COLUMNS, path)]
+        prompts = _texts(table, _column(table, CAPTION_COLUMNS, path), path)
     else:
-        columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        for column in columns:
-            _column(table, (column,), path)
+        prompts = _fill(template, table, path)
     picture = next((name for name in ("image", "target") if name in table.column_names), None)
-
-    def read(row: dict[str, Any]) -> dict[str, Any]:
-        value = row[columns[0]] if template is None else template.format(**row)
-        sample = {"prompt": value if isinstance(value, str) else value[0]}
-        return sample if picture is None else {**sample, "image": as_rgb(row[picture])}
-
-    samples = _table_samples(table, path, split, read, columns if picture is None else [*columns, picture])
+    pictures = {} if picture is None else {"image": picture}
+    samples = _table_samples(table, path, split, pictures, {"prompt": prompts})
     return Samples(samples.ids, samples.read, {**samples.source, "template": template})
+
+
+def _texts(table, column: str, path: Path) -> list[str]:
+    """The column's text of each row, of a list its first.
+
+    Raises:
+        ValueError: a row without.
+    """
+    texts = [value[0] if isinstance(value, list) and value else value for value in table[column][:]]
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path} must have a text in column {column} of every row, row {row} has {text!r}")
+    return texts
+
+
+def _fill(template: str, table, path: Path) -> list[str]:
+    """The template with each row's columns.
+
+    Raises:
+        ValueError: columns that are not there or none at all, or a row that has no value for one.
+    """
+    columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    if not columns:
+        raise ValueError(f"a template names columns, such as {{{table.column_names[0]}}}, got {template!r}")
+    columns = list(dict.fromkeys(_column(table, (column,), path) for column in columns))
+    rows = table.select_columns(columns).to_list()
+    for number, row in enumerate(rows):
+        if None in row.values():
+            raise ValueError(f"{path} must have all of {', '.join(columns)} in every row, row {number} has {row}")
+    return [template.format(**row) for row in rows]
 
 
 def open_edits(path: str | Path, split: str | None = None) -> Samples:
@@ -138,23 +178,21 @@ def open_edits(path: str | Path, split: str | None = None) -> Samples:
         path: a table as for `open_pictures` with the columns of the Emu-Edit test set: `image`, `instruction` (or
             `prompt`) and `output_caption`, the target's caption; or with `target`, its picture.
         split: of a data set with several.
+
+    Raises:
+        ValueError: files that are not as expected, or a text that is missing or empty.
     """
     path = Path(path)
     if not _is_table(path):
         raise ValueError(f"{path} is no data set of edits: expected parquet files or a folder of save_to_disk")
     table = open_table(path, split)
-    image, prompt = _column(table, ("image",), path), _column(table, ("instruction", "prompt"), path)
-    optional = [name for name in ("output_caption", "target") if name in table.column_names]
-
-    def read(row: dict[str, Any]) -> dict[str, Any]:
-        sample = {"image": as_rgb(row[image]), "prompt": row[prompt]}
-        if "output_caption" in row:
-            sample["caption"] = row["output_caption"]
-        if "target" in row:
-            sample["target"] = as_rgb(row["target"])
-        return sample
-
-    return _table_samples(table, path, split, read, [image, prompt, *optional])
+    pictures = {"image": _column(table, ("image",), path)}
+    texts = {"prompt": _texts(table, _column(table, ("instruction", "prompt"), path), path)}
+    if "target" in table.column_names:
+        pictures["target"] = "target"
+    if "output_caption" in table.column_names:
+        texts["caption"] = _texts(table, "output_caption", path)
+    return _table_samples(table, path, split, pictures, texts)
 
 
 def open_table(path: Path, split: str | None):
@@ -200,11 +238,52 @@ def _column(table, names: Sequence[str], path: Path) -> str:
     raise ValueError(f"{path} has no column {' or '.join(names)}, only {', '.join(table.column_names)}")
 
 
-def _table_samples(table, path: Path, split: str | None, read: Callable, columns: list[str]) -> Samples:
-    """Rows of a table, of which only some columns are decoded; an id is a row's number."""
-    table = table.select_columns(columns)
+def _table_samples(
+    table, path: Path, split: str | None, pictures: dict[str, str], texts: dict[str, list[str]]
+) -> Samples:
+    """Rows of a table; an id is a row's number.
+
+    Args:
+        pictures: field of a sample -> the table's column.
+        texts: field of a sample -> the texts of all rows.
+    """
     ids = fixed_order(list(range(len(table))))
-    return Samples(ids, lambda index: read(table[index]), _source(path, split, len(ids)))
+    tables = {name: _as_pictures(table.select_columns([column]), path) for name, column in pictures.items()}
+
+    def read(row: int) -> dict[str, Any]:
+        sample = {name: values[row] for name, values in texts.items()}
+        return sample | {name: _read_cell(table, row, path) for name, table in tables.items()}
+
+    return Samples(ids, read, _source(path, split, len(ids)))
+
+
+def _as_pictures(table, path: Path):
+    """A table of one column, which is of pictures, their bytes or paths, as one of pictures.
+
+    Raises:
+        ValueError: a column of anything else.
+    """
+    from datasets import Image as ImageFeature
+
+    ((column, feature),) = table.features.items()
+    if feature == ImageFeature():  # a cast would go through all of them
+        return table
+    try:
+        return table.cast_column(column, ImageFeature())
+    except (NotImplementedError, TypeError, ValueError) as error:  # of Arrow
+        raise ValueError(f"column {column} of {path} must hold pictures or paths to them, not {feature}") from error
+
+
+def _read_cell(table, row: int, path: Path) -> Image.Image:
+    """The picture in a row of a table of one column. Raises `ValueError` that says where there is none."""
+    (column,) = table.column_names
+    try:
+        picture = table[row][column]
+        if picture is None:
+            raise ValueError("there is none")
+        return as_rgb(picture)
+    except Exception as error:  # the decoders raise errors of all kinds on damaged files
+        raise ValueError(f"cannot read the picture in column {column} of {path}, row {row}: {error}") from error
 
 
 def _source(path: Path, split: str | None, count: int) -> dict[str, Any]:

@@ -16,6 +16,18 @@ from .pictures import as_square, to_tensor
 BEST = {"clip_i": max, "clip_t": max, "lpips_t": min}
 
 
+def lacking(have_pictures: bool, num_seeds: int) -> dict[str, str]:
+    """The networks of `Generation` that would find nothing to compare, each with what it would need.
+
+    have_pictures: whether the samples have true pictures.
+    num_seeds: of the drawer.
+    """
+    if have_pictures:
+        return {}
+    needs = {"frechet": "true pictures"}
+    return needs if num_seeds > 1 else {**needs, "lpips": "true pictures or several seeds"}
+
+
 class Generation:
     """Scores of every scale of a `Drawer`; those whose network is given, and whose picture or caption a sample has.
 
@@ -56,16 +68,23 @@ class Generation:
 
     def __call__(self, samples: list[dict[str, Any]]) -> list[Row]:
         """Samples with `id`, `prompt` and maybe the true `image` -> rows with `scores`, and with `features` of
-        `frechet`."""
+        `frechet`.
+
+        Raises:
+            ValueError: a network that would find nothing to compare, before anything is drawn.
+        """
         prompts = [sample["prompt"] for sample in samples]
-        drawn = self.drawer.draw([sample["id"] for sample in samples], prompt=prompts)
         truth = [sample["image"] for sample in samples] if all("image" in sample for sample in samples) else None
+        for network, need in lacking(truth is not None, len(self.drawer.seeds)).items():
+            if getattr(self, network) is not None:
+                raise ValueError(f"{network} needs {need}, and these samples have prompts alone")
+        drawn = self.drawer.draw([sample["id"] for sample in samples], prompt=prompts)
         rows = [{"id": sample["id"], "scores": {}} for sample in samples]
         for scale, groups in drawn.items():
             scores = self._scores(prompts, truth, groups)
             for index, row in enumerate(rows):
                 row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
-        if self.frechet is not None and truth is not None:
+        if self.frechet is not None:
             self._keep_features(rows, truth, drawn)
         return rows
 
@@ -101,7 +120,7 @@ class Generation:
     def scores(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
         measured = rows[0]["scores"][str(self.drawer.scales[0])]
         scores = summarize(rows, self.drawer.scales, {name: BEST[name] for name in BEST if name in measured})
-        if len(rows) > 1 and all("features" in row for row in rows):
+        if len(rows) > 1 and self.frechet is not None:
             real = self._read_features(rows, "real")
             for scale in self.drawer.scales:
                 distance = frechet_distance(real, self._read_features(rows, str(scale)))

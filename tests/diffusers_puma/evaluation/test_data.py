@@ -147,6 +147,75 @@ def test_edits_with_their_target(tmp_path):
         open_edits(tmp_path)
 
 
+def test_pictures_as_paths_or_bytes(tmp_path):
+    files = [tmp_path / f"{shade}.png" for shade in (1, 2)]
+    for file in files:
+        plain(int(file.stem)).save(file)
+    columns = {
+        "paths": list(map(str, files)),
+        "bytes": [file.read_bytes() for file in files],
+        "dicts": [{"bytes": file.read_bytes(), "path": None} for file in files],
+    }
+    for name, values in columns.items():
+        Dataset.from_dict({"image": values, "caption": ["a", "b"]}).save_to_disk(tmp_path / name)
+        assert sorted(shades(open_pictures(tmp_path / name))) == [1, 2]
+        assert {sample["prompt"]: sample["image"].size for sample in open_captions(tmp_path / name)}["b"] == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        ([1, 2], r"column image of .*set must hold pictures or paths to them, not Value\('int64'\)"),
+        ([None, "/no/such.png"], "cannot read the picture in column image of .*set, row 0: there is none"),
+        (["/no/such.png"], "row 0: .*'/no/such.png'"),
+        ([b"no picture"], "row 0: cannot identify image file"),
+    ],
+)
+def test_columns_without_pictures(tmp_path, images, text):
+    Dataset.from_dict({"image": images, "caption": ["a"] * len(images)}).save_to_disk(tmp_path / "set")
+    for open_samples in (open_pictures, open_captions):
+        with pytest.raises(ValueError, match=text):
+            sorted(open_samples(tmp_path / "set"), key=lambda sample: sample["id"])
+
+
+@pytest.mark.parametrize("absent", [None, "", " ", []])
+def test_texts_that_are_missing(tmp_path, absent):
+    given = ["a"] if absent == [] else "a"
+    rows = {"image": [plain(1)] * 2, "prompt": [given, absent], "output_caption": ["b", "c"], "style": ["x", None]}
+    table = Dataset.from_dict(rows).cast_column("image", ImageFeature())
+    table.save_to_disk(tmp_path / "set")
+    for open_samples in (open_captions, open_edits):
+        with pytest.raises(ValueError, match="must have a text in column prompt of every row, row 1 has "):
+            open_samples(tmp_path / "set")
+    with pytest.raises(ValueError, match="must have all of style in every row, row 1 has {'style': None}"):
+        open_captions(tmp_path / "set", template="in {style} style")
+    with pytest.raises(ValueError, match="a template names columns, such as {image}, got 'a cat'"):
+        open_captions(tmp_path / "set", template="a cat")
+    table.rename_columns({"prompt": "output_caption", "output_caption": "prompt"}).save_to_disk(tmp_path / "swapped")
+    with pytest.raises(ValueError, match="must have a text in column output_caption of every row"):
+        open_edits(tmp_path / "swapped")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "captions_val2014.json is not valid JSON"),
+        ("[]", "must hold images with id and file_name, and annotations of them with id, image_id and caption"),
+        ('{"images": []}', "must hold images .*: KeyError"),
+        ('{"images": [], "annotations": [{"id": 1, "image_id": 2, "caption": "a"}]}', "must hold images .*: KeyError"),
+        ('{"images": [], "annotations": [5]}', "must hold images .*: TypeError"),
+        (
+            '{"images": [{"id": 2, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 2, "caption": null}]}',
+            "captions_val2014.json has an empty caption of image 2",
+        ),
+    ],
+)
+def test_other_captions_than_coco_publishes(tmp_path, content, text):
+    (tmp_path / "captions_val2014.json").write_text(content)
+    with pytest.raises(ValueError, match=text):
+        open_captions(tmp_path)
+
+
 def test_the_order_is_fixed():
     """Pinned, so that a subset stays the same in every version."""
     assert fixed_order(list(range(6))) == [4, 3, 0, 1, 2, 5]

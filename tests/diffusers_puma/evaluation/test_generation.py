@@ -81,10 +81,22 @@ def test_generation(drawer, samples, lpips, clip_name, tmp_path):
 
 def test_captions_without_pictures(drawer, lpips, clip_name, tmp_path):
     samples = Samples(["a"], lambda name: {"prompt": "a cat"}, {"data": "captions"})
-    evaluation = Generation(drawer, tmp_path, load_clip(clip_name), lpips, AlexNetEncoder(lpips))
+    evaluation = Generation(drawer, tmp_path, load_clip(clip_name), lpips)
     row = evaluation([samples[0]])[0]
     assert row["scores"]["2"].keys() == {"clip_t", "lpips_d"} and "features" not in row
     assert evaluation.scores([row])["max"].keys() == {"clip_t"}
+
+
+def test_networks_that_find_nothing_to_compare(full_pipeline, lpips, tmp_path):
+    drawn = []
+    handle = full_pipeline.unet_4.register_forward_pre_hook(lambda *inputs: drawn.append(inputs))
+    sample, one_seed = {"id": 0, "prompt": "a cat"}, Drawer(full_pipeline, [4], seeds=[0], size=32)
+    with pytest.raises(ValueError, match="frechet needs true pictures, and these samples have prompts alone"):
+        Generation(one_seed, tmp_path, frechet=AlexNetEncoder(lpips))([sample])
+    with pytest.raises(ValueError, match="lpips needs true pictures or several seeds"):
+        Generation(one_seed, tmp_path, lpips=lpips)([sample])
+    handle.remove()
+    assert not drawn
 
 
 def test_nothing_to_measure(drawer, tmp_path):
