@@ -39,6 +39,12 @@ class DecoderStageMixin:
     def _unet(self, scale: int) -> PumaUNet2DConditionModel | None:
         return getattr(self, f"unet_{scale}")
 
+    def _check_scheduler(self, num_inference_steps: int) -> None:
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise ValueError(f"a {type(self.scheduler).__name__} does not start from scaled noise, as a decoder must")
+        # Each scheduler knows how many steps are too many, and says so here.
+        self.scheduler.set_timesteps(num_inference_steps)
+
     def _latents_shape(
         self, scale: int, num_images: int, height: int | None, width: int | None
     ) -> tuple[int, int, int, int]:

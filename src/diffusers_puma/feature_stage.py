@@ -29,7 +29,12 @@ class FeatureStageMixin:
 
     @torch.no_grad()
     def encode_image(self, images: list[Image.Image]) -> Features:
-        """Features `{scale: (n, k, C)}` of n pictures at all scales of the encoder, without the language model."""
+        """Features `{scale: (n, k, C)}` of n pictures at all scales of the encoder, without the language model.
+
+        Raises:
+            ValueError: no encoder.
+        """
+        self._check_encoder()
         if self.processor is not None:
             preprocess = self.processor.image_processor
         else:
@@ -53,7 +58,11 @@ class FeatureStageMixin:
 
         Args:
             generator: one, or one for each prompt, of features that are samples (`image_head="flow"`).
+
+        Raises:
+            ValueError: no language model.
         """
+        self._check_language_model("a prompt")
         inputs = self.processor.prepare_generation(prompts, images).to(bring_in(self, self.mllm))
         passes = decoding_passes(self.mllm.config.image_decoding, self._tokens_per_scale, scale)
         with self.progress_bar(total=len(passes)) as bar:
@@ -66,11 +75,23 @@ class FeatureStageMixin:
         """Features `{scale: (1, k, C)}` of a black picture, the unconditional input of guidance (report section 3.2).
 
         Encoded once per pipeline and encoder.
+
+        Raises:
+            ValueError: no encoder.
         """
+        self._check_encoder()
         if self._black_features is None or self._black_features[0] is not self._encoder:
             size = self._vision_config.image_size
             self._black_features = self._encoder, self.encode_image([Image.new("RGB", (size, size))])
         return self._black_features[1]
+
+    def _check_language_model(self, what: str) -> None:
+        if self.mllm is None or self.processor is None:
+            raise ValueError(f"{what} needs the language model and its processor, and this pipeline has none")
+
+    def _check_encoder(self) -> None:
+        if self._encoder is None:
+            raise ValueError("an image needs an image encoder or a language model, and this pipeline has none")
 
     @property
     def _encoder(self) -> PumaForConditionalGeneration | CLIPVisionModel | None:

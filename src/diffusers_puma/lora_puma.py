@@ -6,13 +6,13 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 
 from .loading import fetch_lora_state_dict
-from .pipeline_inputs import NUM_SCALES
+from .pipeline_inputs import NUM_SCALES, is_scale
 
 
 class PumaLoraLoaderMixin(LoraBaseMixin):
     """Loads and saves LoRA weights. Needs `peft`.
 
-    `set_adapters`, `fuse_lora(components=["unet_3"])`, `unload_lora_weights` and the rest are diffusers' own.
+    `set_adapters`, `unload_lora_weights` and the rest are diffusers' own.
     """
 
     _lora_loadable_modules = [f"unet_{scale}" for scale in range(NUM_SCALES)]
@@ -24,6 +24,7 @@ class PumaLoraLoaderMixin(LoraBaseMixin):
         *,
         adapter_name: str | None = None,
         hotswap: bool = False,
+        low_cpu_mem_usage: bool = True,
         **hub_kwargs,
     ) -> None:
         """Adds LoRA weights to one decoder, or to each that the file has weights for.
@@ -33,12 +34,15 @@ class PumaLoraLoaderMixin(LoraBaseMixin):
             scale: whose weights to take; None takes all that the file holds.
             adapter_name: by default `default_0` and so on, as in diffusers.
             hotswap: replaces the weights of the adapter of that name in place.
+            low_cpu_mem_usage: makes no random weights that the file's then replace.
             hub_kwargs: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download`,
                 `local_files_only`, as in diffusers.
 
         Raises:
-            ValueError: no weights for `scale` in the file, or no decoder of that scale in this pipeline.
+            ValueError: no scale, no weights for it in the file, or no decoder of that scale in this pipeline.
         """
+        if scale is not None and not is_scale(scale):
+            raise ValueError(f"scale must be 0..{NUM_SCALES - 1}, or None for all in the file, got {scale!r}")
         state_dict, metadata = fetch_lora_state_dict(path_or_dict, **hub_kwargs)
         prefixes = {key.split(".")[0] for key in state_dict}
         held = [number for number in range(NUM_SCALES) if f"unet_{number}" in prefixes]
@@ -56,8 +60,26 @@ class PumaLoraLoaderMixin(LoraBaseMixin):
                 metadata=metadata,
                 adapter_name=adapter_name,
                 hotswap=hotswap,
+                low_cpu_mem_usage=low_cpu_mem_usage,
                 _pipeline=self,
             )
+
+    def fuse_lora(
+        self,
+        components: list[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> None:
+        """As diffusers' own; `components` are by default all decoders."""
+        components = self._lora_loadable_modules if components is None else components
+        super().fuse_lora(
+            components=components, lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names
+        )
+
+    def unfuse_lora(self, components: list[str] | None = None) -> None:
+        """As diffusers' own; `components` are by default all decoders."""
+        super().unfuse_lora(self._lora_loadable_modules if components is None else components)
 
     @classmethod
     def save_lora_weights(

@@ -1,6 +1,7 @@
 """What callers of `PumaPipeline` pass, in one form, or a `ValueError` that says what is wrong. Pure functions."""
 
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Callable, Collection, Sequence, Sized
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ def as_image_groups(image: Image.Image | list) -> list[list[Image.Image]]:
     return groups
 
 
+def is_scale(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < NUM_SCALES
+
+
 def as_scales(scale: Any, decoders: list[int], available: list[int], default: int) -> list[int]:
     """The scales to decode.
 
@@ -66,7 +71,7 @@ def as_scales(scale: Any, decoders: list[int], available: list[int], default: in
     if not scales:
         raise ValueError("scale is an empty list")
     for item in scales:
-        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < NUM_SCALES:
+        if not is_scale(item):
             raise ValueError(f"scale must be 0..{NUM_SCALES - 1}, a list of these, 'all' or 'best', got {item!r}")
         if item not in decoders:
             raise ValueError(f"scale {item} has no decoder here: unet_{item} is absent, there are scales {decoders}")
@@ -123,8 +128,10 @@ def check_features(
         batch_sizes: what B may be.
 
     Raises:
-        ValueError: a missing scale or a wrong shape.
+        ValueError: no dict, a missing scale or a wrong shape.
     """
+    if not isinstance(features, dict):
+        raise ValueError(f"{name} must be a dict of scales, got a {type(features).__name__}")
     for scale, expected in shapes.items():
         if scale not in features:
             raise ValueError(f"{name} holds scales {sorted(features)}, but scale {scale} is to be decoded")
@@ -148,19 +155,28 @@ def check_at_least_one(value: int, name: str) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
+def check_number(value: float, name: str) -> None:
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
 def check_noise(
     generator: torch.Generator | list[torch.Generator] | None,
     latents: torch.Tensor | None,
     latents_shape: tuple[int, int, int, int],
 ) -> None:
     """Raises `ValueError` for generators that are not one per picture, or start latents of another shape."""
-    if generator is not None and not isinstance(generator, (torch.Generator, list)):
-        raise ValueError(f"generator must be a torch.Generator or a list of them, got a {type(generator).__name__}")
+    generators = [] if generator is None else generator if isinstance(generator, list) else [generator]
+    wrong = [type(item).__name__ for item in generators if not isinstance(item, torch.Generator)]
+    if wrong:
+        raise ValueError(f"generator must be a torch.Generator or a list of them, got {wrong[0]}")
     if isinstance(generator, list) and len(generator) != latents_shape[0]:
         raise ValueError(
             f"got a list of {len(generator)} generators for {latents_shape[0]} images "
             "(number of prompts times num_images_per_prompt)"
         )
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        raise ValueError(f"latents must be a tensor, got a {type(latents).__name__}")
     if latents is not None and tuple(latents.shape) != latents_shape:
         raise ValueError(f"latents must be of shape {latents_shape}, got {tuple(latents.shape)}")
 
@@ -170,7 +186,11 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
 
 
-def check_names(names: Sequence[str], allowed: Sequence[str], argument: str) -> None:
-    unknown = [name for name in names if name not in allowed]
-    if unknown:
-        raise ValueError(f"{argument} must be of {list(allowed)}, got {unknown}")
+def check_callback(callback: Callable | None, tensor_inputs: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raises `ValueError` for a callback that cannot be called, or tensors that it cannot be given."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be a function, got {callback!r}")
+    if not isinstance(tensor_inputs, (list, tuple)) or not all(name in allowed for name in tensor_inputs):
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs must be a list of names from {allowed}, got {tensor_inputs!r}"
+        )

@@ -30,10 +30,11 @@ from .pipeline_inputs import (
     as_scales,
     as_schedules,
     check_at_least_one,
+    check_callback,
     check_counts,
     check_features,
-    check_names,
     check_noise,
+    check_number,
     check_output_type,
     is_schedule,
 )
@@ -114,9 +115,11 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             scales: the decoders to read; None reads all that are there.
 
         Raises:
-            ValueError: a scale whose decoder the folder does not have.
+            ValueError: no list, or a scale whose decoder the folder does not have.
         """
         if scales is not None:
+            if not isinstance(scales, list):
+                raise ValueError(f"scales must be a list such as [3], got {scales!r}")
             index = cls.load_config(pretrained_model_name_or_path, **kwargs)
             present = [s for s in range(NUM_SCALES) if f"unet_{s}" in kwargs or index.get(f"unet_{s}", [None])[0]]
             wanted = as_scales(scales, present, present, IMAGE_SCALE) if scales != [] else []
@@ -209,6 +212,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         Raises:
             ValueError: what cannot be drawn with these arguments or components; checked before anything runs.
         """
+        check_number(guidance_scale, "guidance_scale")
         prompts = None if prompt is None else as_prompts(prompt)
         images = None if image is None else as_image_groups(image)
         self._check_source(prompts, images, image_features)
@@ -223,14 +227,11 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         check_at_least_one(num_images_per_prompt, "num_images_per_prompt")
         shape = self._latents_shape(min(scales), batch_size * num_images_per_prompt, height, width)
         check_noise(generator, latents, shape)
-        if not hasattr(self.scheduler, "init_noise_sigma"):
-            raise ValueError(f"a {type(self.scheduler).__name__} does not start from scaled noise, as a decoder must")
+        self._check_scheduler(num_inference_steps)
         check_output_type(output_type)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        check_names(
-            callback_on_step_end_tensor_inputs, self._callback_tensor_inputs, "callback_on_step_end_tensor_inputs"
-        )
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if scale == "best":
             self._check_ranking(prompts, batch_size, output_type, scorer)
 
@@ -274,7 +275,9 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         return PumaPipelineOutput(images=pictures, image_features=image_features)
 
     @torch.no_grad()
-    def ask(self, image: Image.Image | list, question: str | list[str], **generate_kwargs) -> str | list[str]:
+    def ask(
+        self, image: Image.Image | list, question: str | list[str], **generate_kwargs
+    ) -> str | list[str] | list[list[str]]:
         """Answers questions about pictures.
 
         Args:
@@ -283,18 +286,25 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             generate_kwargs: of transformers' `generate`.
 
         Returns:
-            The answer, or a list of answers for a list of questions.
+            The answer, or a list of answers for a list of questions. With `num_return_sequences` above 1 each answer
+            is a list of that many.
 
         Raises:
-            ValueError: no language model, or a different number of questions and pictures.
+            ValueError: no language model, a different number of questions and pictures, or
+                `return_dict_in_generate`.
         """
         self._check_language_model("a question")
+        if generate_kwargs.get("return_dict_in_generate"):
+            raise ValueError("return_dict_in_generate=True is for mllm.generate: ask returns answers as text")
         questions, images = as_prompts(question), as_image_groups(image)
         check_counts(questions, images, "questions", "images")
         inputs = self.processor.prepare_question(questions, images).to(bring_in(self, self.mllm))
         sequences = self.mllm.generate(**inputs, **generate_kwargs)
         self.maybe_free_model_hooks()
         answers = self.processor.decode_answers(sequences, inputs["input_ids"].shape[1])
+        count = len(answers) // len(questions)
+        if count > 1:
+            answers = [answers[row : row + count] for row in range(0, len(answers), count)]
         return answers[0] if isinstance(question, str) else answers
 
     def _compute_features(
@@ -342,10 +352,6 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             best.append(candidates[max(range(len(scores)), key=scores.__getitem__)])
         return torch.stack(best)
 
-    def _check_language_model(self, what: str) -> None:
-        if self.mllm is None or self.processor is None:
-            raise ValueError(f"{what} needs the language model and its processor, and this pipeline has none")
-
     def _check_source(self, prompts: Prompts, images: ImageGroups, image_features: Features | None) -> None:
         """Raises `ValueError` if there is nothing to draw from, or no component that could read it."""
         if image_features is not None:
@@ -356,8 +362,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             raise ValueError("nothing to draw: pass a prompt, an image or image_features")
         if prompts is not None:
             self._check_language_model("a prompt")
-        if self._encoder is None:
-            raise ValueError("an image needs an image encoder or a language model, and this pipeline has none")
+        self._check_encoder()
         if prompts is not None and images is not None:
             check_counts(prompts, images, "prompts", "images")
         if prompts is None and any(len(group) > 1 for group in images):
@@ -391,8 +396,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             )
 
     def _check_ranking(self, prompts: Prompts, batch_size: int, output_type: str, scorer: Scorer | None) -> None:
-        if scorer is None:
-            raise ValueError("scale='best' needs a scorer(images, prompt) that ranks the pictures")
+        if not callable(scorer):
+            raise ValueError(f"scale='best' needs a scorer(images, prompt) that ranks the pictures, got {scorer!r}")
         if prompts is None:
             raise ValueError("scale='best' ranks pictures by their prompt, and there is no prompt")
         check_counts(prompts, range(batch_size), "prompts", "rows of image_features")

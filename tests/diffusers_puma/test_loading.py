@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoModel as AutoDiffusersModel
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
-from diffusers_puma import PumaPipeline
+from diffusers_puma import PumaPipeline, PumaUNet2DConditionModel
 from diffusers_puma.folders import new_folder
 from tests.hub_server import HubServer
 from transformers_puma import PumaForConditionalGeneration, PumaModel, PumaProcessor
@@ -89,6 +90,15 @@ class TestFolder:
             PumaPipeline.from_pretrained(tmp_path, scales=[3, 2])
         with pytest.raises(ValueError, match="scale must be 0..4.*got 5"):
             PumaPipeline.from_pretrained(tmp_path, scales=[5])
+        for scales in (3, "all", (3,)):
+            with pytest.raises(ValueError, match=r"scales must be a list such as \[3\], got"):
+                PumaPipeline.from_pretrained(tmp_path, scales=scales)
+
+    def test_auto_model_loads_a_lone_decoder(self, decoder_pipeline, tmp_path):
+        decoder_pipeline.unet_1.save_pretrained(tmp_path)
+        loaded = AutoDiffusersModel.from_pretrained(str(tmp_path))
+        assert type(loaded) is PumaUNet2DConditionModel and loaded.config.num_tokens == 64
+        assert torch.equal(loaded.conv_in.weight, decoder_pipeline.unet_1.conv_in.weight)
 
     def test_components_passed_in(self, decoder_pipeline, tmp_path):
         decoder_pipeline.save_pretrained(tmp_path)
@@ -232,9 +242,11 @@ class TestLora:
         decoder_pipeline.set_adapters("style", 0.0)
         torch.testing.assert_close(image(decoder_pipeline), plain)
         decoder_pipeline.set_adapters("style", 1.0)
-        decoder_pipeline.fuse_lora(components=["unet_3"])
+        decoder_pipeline.fuse_lora()
+        assert decoder_pipeline.num_fused_loras == 1
         torch.testing.assert_close(image(decoder_pipeline), full, atol=1e-4, rtol=0)
-        decoder_pipeline.unfuse_lora(components=["unet_3"])
+        decoder_pipeline.unfuse_lora()
+        assert decoder_pipeline.num_fused_loras == 0
         decoder_pipeline.unload_lora_weights()
         assert decoder_pipeline.get_list_adapters() == {}
         torch.testing.assert_close(image(decoder_pipeline), plain)
@@ -251,6 +263,17 @@ class TestLora:
         decoder_pipeline.save_pretrained(tmp_path / "pipeline")
         again = PumaPipeline.from_pretrained(tmp_path / "pipeline")
         torch.testing.assert_close(image(again), expected, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+    def test_random_weights_are_made_on_request_alone(self, decoder_pipeline, low_cpu_mem_usage):
+        layers = lora(decoder_pipeline, 3)
+        before = torch.get_rng_state()
+        decoder_pipeline.load_lora_weights(
+            {f"unet_3.{key}": value for key, value in layers.items()}, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        assert torch.equal(torch.get_rng_state(), before) == low_cpu_mem_usage
+        loaded = get_peft_model_state_dict(decoder_pipeline.unet_3, adapter_name="default_0")
+        assert all(torch.equal(value, layers[key]) for key, value in loaded.items())
 
     def test_all_scales_of_a_file(self, decoder_pipeline, tmp_path):
         PumaPipeline.save_lora_weights(tmp_path, {scale: lora(decoder_pipeline, scale) for scale in (0, 4)})
@@ -277,6 +300,9 @@ class TestLora:
             decoder_pipeline.load_lora_weights(weights, scale=2)
         with pytest.raises(ValueError, match=r"no keys prefixed 'unet_<scale>.'"):
             decoder_pipeline.load_lora_weights({"transformer.a": torch.zeros(1)})
+        for scale in ("3", [3, 1], True, 3.0, 5):
+            with pytest.raises(ValueError, match=r"scale must be 0..4, or None for all in the file, got"):
+                decoder_pipeline.load_lora_weights(weights, scale=scale)
         decoder_pipeline.unet_3 = None
         with pytest.raises(ValueError, match=r"scales \[3\], whose decoders are absent"):
             decoder_pipeline.load_lora_weights(weights, scale=3)

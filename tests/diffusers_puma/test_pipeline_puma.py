@@ -392,9 +392,20 @@ class TestLanguageModel:
         assert len(answers) == 2 and answers[0] == answer
         with pytest.raises(ValueError, match="1 questions and 2 images"):
             full_pipeline.ask(pictures[:2], "What is it?")
+        passes = count_calls(full_pipeline.mllm.model)
+        with pytest.raises(ValueError, match="return_dict_in_generate=True is for mllm.generate"):
+            full_pipeline.ask(pictures[0], "What is it?", return_dict_in_generate=True)
+        assert not passes
         full_pipeline.mllm = None
         with pytest.raises(ValueError, match="a question needs the language model"):
             full_pipeline.ask(pictures[0], "What is it?")
+
+    def test_several_answers_to_each_question(self, full_pipeline, pictures):
+        questions = ["What is it?", "How many?"]
+        options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 4}
+        alone = [full_pipeline.ask(*pair, **options) for pair in zip(pictures[:2], questions, strict=True)]
+        assert [len(answers) for answers in alone] == [3, 3] and alone[0] != alone[1]
+        assert full_pipeline.ask(pictures[:2], questions, **options) == alone
 
 
 class RecordsMoves:
@@ -503,12 +514,16 @@ class TestErrors:
             ({"prompt": "a", "scale": [("0.4", 3), (1.0, 0)]}, "fractions of a schedule must be numbers"),
             ({"prompt": "a", "height": 16.0}, "height must be a positive multiple of 2, got 16.0"),
             ({"prompt": "a", "generator": tuple(seeds(0))}, "generator must be a torch.Generator or a list.*tuple"),
+            ({"prompt": ["a", "b"], "generator": [1, 2]}, "generator must be a torch.Generator or a list.*int"),
+            ({"prompt": ["a", "b"], "generator": [None, *seeds(0)]}, "generator must be a torch.Generator.*NoneType"),
+            ({"prompt": "a", "guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
             ({"image_features": {3: [[1.0]]}}, r"image_features\[3\] must be a tensor, got a list"),
             (
                 {"prompt": "a", "scale": 1},
                 r"scale 1 has no decoder here: unet_1 is absent, there are scales \[0, 2, 3, 4\]",
             ),
-            ({"prompt": "a", "scale": "best"}, "needs a scorer"),
+            ({"prompt": "a", "scale": "best"}, "needs a scorer.*got None"),
+            ({"prompt": "a", "scale": "best", "scorer": 3}, "needs a scorer.*got 3"),
             ({"image": PICTURE, "scale": "best", "scorer": len}, "there is no prompt"),
             ({"prompt": "a", "scale": "best", "scorer": len, "output_type": "latent"}, "output_type='latent'"),
             ({"prompt": "a", "height": 15}, "height must be a positive multiple of 2, got 15"),
@@ -518,14 +533,19 @@ class TestErrors:
                 "num_inference_steps must be a whole number of at least 1, got 0",
             ),
             ({"prompt": "a", "num_inference_steps": 2.0}, "a whole number of at least 1, got 2.0"),
+            ({"prompt": "a", "num_inference_steps": 1001}, "num_inference_steps.*1001 cannot be larger than.*1000"),
             (
                 {"prompt": "a", "num_images_per_prompt": 0},
                 "num_images_per_prompt must be a whole number of at least 1, got 0",
             ),
             ({"prompt": "a", "generator": seeds(0, 1)}, "2 generators for 1 images"),
             ({"prompt": "a", "latents": torch.zeros(1, 4, 8, 9)}, r"latents must be of shape \(1, 4, 8, 8\), got"),
+            ({"prompt": "a", "latents": np.zeros((1, 4, 8, 8))}, "latents must be a tensor, got a ndarray"),
             ({"prompt": "a", "output_type": "jpeg"}, "output_type must be one of.*got 'jpeg'"),
-            ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, r"must be of.*got \['noise'\]"),
+            ({"prompt": "a", "callback_on_step_end": "print"}, "callback_on_step_end must be a function, got 'print'"),
+            ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["noise"]}, r"list of names.*got \['noise'\]"),
+            ({"prompt": "a", "callback_on_step_end_tensor_inputs": None}, "must be a list of names.*got None"),
+            ({"prompt": "a", "callback_on_step_end_tensor_inputs": "latents"}, "a list of names.*got 'latents'"),
             ({"image": PICTURE, "image_features": features_of(1, 3)}, "take the place of an image"),
             ({"image_features": {}}, "at least one scale"),
             ({"image_features": features_of(1, 1)}, "no features of any of them"),
@@ -535,6 +555,7 @@ class TestErrors:
                 r"image_features\[3\] must be of shape \(1, 4, 32\), got",
             ),
             ({"prompt": "a", "negative_image_features": features_of(1, 4)}, "negative_image_features holds scales"),
+            ({"prompt": "a", "negative_image_features": torch.zeros(1, 4, 32)}, "must be a dict of scales.*Tensor"),
             (
                 {"prompt": ["a"] * 3, "negative_image_features": features_of(2, 3)},
                 r"negative_image_features\[3\] must be of shape \(1 or 3, 4, 32\), got \(2, 4, 32\)",
@@ -543,10 +564,10 @@ class TestErrors:
     )
     def test_call(self, full_pipeline, arguments, message):
         full_pipeline.unet_1 = None
-        used = count_calls(full_pipeline.mllm.model) + count_calls(full_pipeline.mllm.model.vision_tower)
+        used = [count_calls(full_pipeline.mllm.model), count_calls(full_pipeline.mllm.model.vision_tower)]
         with pytest.raises(ValueError, match=message):
             full_pipeline(**arguments)
-        assert not used
+        assert used == [[], []]
 
     def test_prompt_without_language_model(self, decoder_pipeline):
         with pytest.raises(ValueError, match="a prompt needs the language model"):
@@ -556,6 +577,15 @@ class TestErrors:
         decoder_pipeline.image_encoder = None
         with pytest.raises(ValueError, match="an image needs an image encoder"):
             decoder_pipeline(image=pictures[0])
+
+    def test_first_stage_without_its_components(self, decoder_pipeline, pictures):
+        with pytest.raises(ValueError, match="a prompt needs the language model"):
+            decoder_pipeline.generate_image_features(["a cat"], None, 3)
+        decoder_pipeline.image_encoder = None
+        with pytest.raises(ValueError, match="an image needs an image encoder"):
+            decoder_pipeline.encode_image(pictures)
+        with pytest.raises(ValueError, match="an image needs an image encoder"):
+            decoder_pipeline.black_image_features()
 
     def test_no_decoders(self, decoder_pipeline, pictures):
         for scale in range(5):

@@ -47,6 +47,10 @@ class PumaDecoderTrainingArguments(StreamArguments, TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: it would remove the rows' latents and features")
+        if self.noise_offset < 0:
+            raise ValueError(f"noise_offset must be at least 0, got {self.noise_offset}")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"resolution must be at least 1, got {self.resolution}")
         if not 0 <= self.image_dropout <= 1:
             raise ValueError(f"image_dropout must be between 0 and 1, got {self.image_dropout}")
         if not 0 <= self.ema_decay < 1:

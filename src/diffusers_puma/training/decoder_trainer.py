@@ -1,6 +1,5 @@
 """Trains one decoder at one scale, whole or through LoRA, on pictures or on cached latents and features."""
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, cast_training_params
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
@@ -18,14 +17,17 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers_puma.training.checkpoints import ResumableTrainerMixin
 
 from ..loading import fetch_lora_state_dict
+from ..pipeline_inputs import NUM_SCALES, is_scale
 from ..pipeline_puma import PumaPipeline
 from ..unet_puma import PumaUNet2DConditionModel
 from .arguments import PumaDecoderTrainingArguments
 from .averaging import EMACallback
 from .callbacks import DecoderTensorBoardCallback
 from .denoising_loss import denoising_loss, draw
-from .features import pool_to_tokens
-from .pictures import PictureEncoder, PumaDecoderCollator
+from .features import pool_to_tokens, scale_of
+from .pictures import PictureEncoder, PumaDecoderCollator, collate_cached
+
+HALF = {torch.float16, torch.bfloat16}
 
 
 class PumaDecoderTrainer(ResumableTrainerMixin):
@@ -37,20 +39,25 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
 
     Every folder that it saves is a decoder with the averaged weights (`PumaUNet2DConditionModel.from_pretrained`); a
     checkpoint holds, next to it, the weights in training (`model.safetensors`) and the state that resumes them
-    exactly. A model to which `add_adapter` has added LoRA weights trains and saves those alone, in the form that
-    `PumaPipeline.load_lora_weights` reads.
+    exactly. A model to which `add_adapter` has added LoRA weights trains and saves those alone, in fp32 whatever the
+    decoder's precision, and in the form that `PumaPipeline.load_lora_weights` reads.
 
     It runs on one process or data parallel. Noise, noise levels and dropped pictures are drawn from (seed, step,
     place in the global batch), so processes share no draws, and any number of them computes the same.
 
     Args:
-        model: the decoder. Its `num_tokens` says which scale is trained.
+        model: the decoder, in fp32 unless it has an adapter.
         args: the training arguments.
         noise_scheduler: noise levels and prediction type of the training; saved by the pipeline, not here.
         null_features: (1, k_0, C), the black image's features, which stand for a dropped picture; by default those of
             `image_encoder`.
         image_encoder, vae: encode rows of pictures; frozen.
+        scale: whose decoder this is, which an adapter's file tells. By default the one that has `num_tokens` where
+            the finest has as many tokens as `image_encoder` gives, or else `null_features`.
         trainer_arguments: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError: arguments that do not fit each other or the decoder; later, rows that do not.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         null_features: torch.Tensor | None = None,
         image_encoder: CLIPVisionModel | None = None,
         vae: AutoencoderKL | None = None,
+        scale: int | None = None,
         **trainer_arguments: Any,
     ) -> None:
         if noise_scheduler.config.rescale_betas_zero_snr and noise_scheduler.config.prediction_type == "epsilon":
@@ -70,28 +78,59 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
             raise ValueError("rows of pictures need both image_encoder and vae, got one of them")
         if image_encoder is None and null_features is None:
             raise ValueError("null_features is needed where there is no image_encoder to encode the black image")
-        self.picture_encoder = None
+        if scale is not None and not is_scale(scale):
+            raise ValueError(f"scale must be 0..{NUM_SCALES - 1}, got {scale!r}")
+        self.picture_encoder, collator = None, collate_cached
         if image_encoder is not None:
+            factor = 2 ** (len(vae.config.block_out_channels) - 1)
+            resolution = args.resolution or model.config.sample_size * factor
+            if resolution % factor:
+                raise ValueError(f"resolution must be a multiple of the VAE's {factor}, got {resolution}")
             self.picture_encoder = PictureEncoder(image_encoder, vae, args.device)
-            resolution = args.resolution or model.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
             collator = PumaDecoderCollator(image_encoder.config.image_size, resolution)
-            trainer_arguments.setdefault("data_collator", collator)
             null_features = self.picture_encoder.null_features() if null_features is None else null_features
+        trainer_arguments.setdefault("data_collator", collator)
         super().__init__(model, args, **trainer_arguments)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PumaDecoderTrainer runs on one process or data parallel, not with FSDP or DeepSpeed")
         if self.pop_callback(TensorBoardCallback):
             self.add_callback(DecoderTensorBoardCallback)
         self.noise_scheduler = noise_scheduler
-        self.null_features = pool_to_tokens(null_features, model.config.num_tokens).float().to(args.device)
-        self.scale = round(math.log(null_features.shape[1] / model.config.num_tokens, 4))
         self.adapter_name = model.active_adapters()[0] if model._hf_peft_config_loaded else None
+        self._take_null_features(null_features, scale)
+        self._take_precision()
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.trained_parameters = list(self.trained.values())
         self.ema = None
         if args.ema_decay:
             self.ema = EMAModel(self.trained_parameters, decay=args.ema_decay, foreach=True)
             self.add_callback(EMACallback(self.ema, self.trained_parameters))
+
+    def _take_null_features(self, features: torch.Tensor, scale: int | None) -> None:
+        """Sets `scale`, `finest_tokens` (k_0) and `null_features` (1, k, C)."""
+        tokens, channels = self.model.config.num_tokens, self.model.config.encoder_hid_dim
+        shape = tuple(features.shape)
+        if len(shape) != 3 or shape[0] != 1 or shape[2] != channels:
+            raise ValueError(f"null_features must be of shape (1, tokens, {channels}), got {shape}")
+        finest = shape[1] if self.picture_encoder is None else self.picture_encoder.num_tokens
+        self.scale = scale_of(tokens, finest) if scale is None else scale
+        self.finest_tokens = tokens * 4**self.scale
+        if shape[1] > self.finest_tokens:
+            raise ValueError(f"null_features have {shape[1]} tokens, the finest scale has {self.finest_tokens}")
+        self.null_features = pool_to_tokens(features, tokens).float().to(self.args.device)
+
+    def _take_precision(self) -> None:
+        """Makes an adapter fp32: peft gives it the precision of the decoder, in which small updates round away."""
+        if self.adapter_name is not None:
+            cast_training_params(self.model)
+        half = {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad} & HALF
+        if half:
+            raise ValueError(
+                f"weights to train must be in torch.float32, got {half.pop()}: load the decoder in float32, and pass "
+                "bf16=True to compute in half precision"
+            )
+        if self.model.dtype in HALF and self.accelerator.mixed_precision == "no":
+            raise ValueError(f"a frozen decoder in {self.model.dtype} needs mixed precision: pass bf16=True")
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Tells each micro-batch where in the global batch it starts.
@@ -112,7 +151,22 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         else:
             latents = self.picture_encoder.latents(inputs["pictures"])
             features = self.picture_encoder.features(inputs["pixel_values"])
+        self._check_batch(latents, features)
         return latents.float(), pool_to_tokens(features.float(), self.null_features.shape[1])
+
+    def _check_batch(self, latents: torch.Tensor, features: torch.Tensor) -> None:
+        config = self.model.config
+        channels = config.in_channels - config.position_channels
+        if latents.dim() != 4 or latents.shape[1] != channels:
+            raise ValueError(f"a batch's latents must be (rows, {channels}, h, w), got {tuple(latents.shape)}")
+        shape = tuple(features.shape)
+        if len(shape) != 3 or shape[2] != config.encoder_hid_dim:
+            raise ValueError(f"a batch's features must be (rows, tokens, {config.encoder_hid_dim}), got {shape}")
+        if shape[1] > self.finest_tokens:
+            raise ValueError(
+                f"features have {shape[1]} tokens, and the finest scale {self.finest_tokens}, going by null_features "
+                "or scale"
+            )
 
     def compute_loss(
         self,

@@ -13,6 +13,21 @@ from transformers_puma.granularity import multigranular_features
 from ..unet_puma import PumaUNet2DConditionModel
 
 
+def scale_of(num_tokens: int, finest_tokens: int) -> int:
+    """The scale that has `num_tokens` tokens where the finest has `finest_tokens`.
+
+    Raises:
+        ValueError: no scale has that many.
+    """
+    scale = round(math.log(finest_tokens / num_tokens, 4))
+    if scale < 0 or num_tokens * 4**scale != finest_tokens:
+        raise ValueError(
+            f"features of {finest_tokens} tokens cannot be pooled to {num_tokens}: each scale has a quarter of the "
+            "tokens of the scale before"
+        )
+    return scale
+
+
 def pool_to_tokens(features: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Features (B, k_0, C) average-pooled to the scale that has `num_tokens` tokens: (B, num_tokens, C).
 
@@ -21,12 +36,7 @@ def pool_to_tokens(features: torch.Tensor, num_tokens: int) -> torch.Tensor:
     Raises:
         ValueError: if no scale of these features has `num_tokens` tokens.
     """
-    scale = round(math.log(features.shape[1] / num_tokens, 4))
-    if scale < 0 or num_tokens * 4**scale != features.shape[1]:
-        raise ValueError(
-            f"features of {features.shape[1]} tokens cannot be pooled to {num_tokens}: each scale has a quarter of "
-            "the tokens of the scale before"
-        )
+    scale = scale_of(num_tokens, features.shape[1])
     return multigranular_features(features, scale + 1)[scale]
 
 

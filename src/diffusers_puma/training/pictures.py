@@ -6,6 +6,7 @@ Legend: B pictures, R the training resolution, k_0 tokens of the finest scale, C
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
@@ -17,6 +18,24 @@ from transformers_puma import PumaImageProcessor
 from transformers_puma.pictures import as_rgb
 
 Row = dict[str, Any]
+
+
+def collate_cached(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Batches rows of cached `latents` and `features`.
+
+    Raises:
+        ValueError: a row that lacks one of them, or rows that differ in their shapes.
+    """
+    for name in ("latents", "features"):
+        lacking = [sorted(row) for row in rows if name not in row]
+        if lacking:
+            raise ValueError(
+                f"a row must hold latents and features, or an image given image_encoder and vae, got {lacking[0]}"
+            )
+        shapes = {tuple(np.shape(row[name])) for row in rows}
+        if len(shapes) > 1:
+            raise ValueError(f"rows must agree in the shape of their {name}, got {sorted(shapes)}")
+    return default_data_collator(rows)
 
 
 @dataclass
@@ -31,6 +50,9 @@ class PumaDecoderCollator:
 
     A call returns `pixel_values` (B, 3, encoder_size, encoder_size) for the encoder and `pictures` (B, 3, R, R) in
     [-1, 1] for the VAE.
+
+    Raises:
+        ValueError: an image that is no PIL image, and as `collate_cached`.
     """
 
     encoder_size: int
@@ -41,8 +63,11 @@ class PumaDecoderCollator:
         self.for_vae = VaeImageProcessor(vae_scale_factor=1)
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        if "latents" in rows[0]:
-            return default_data_collator(rows)
+        if "latents" in rows[0] or "image" not in rows[0]:
+            return collate_cached(rows)
+        wrong = [row["image"] for row in rows if not isinstance(row["image"], Image.Image)]
+        if wrong:
+            raise ValueError(f"a row's image must be a PIL image, got {type(wrong[0]).__name__}")
         pictures = [as_rgb(row["image"]) for row in rows]
         squares = [center_crop(picture, min(picture.size)) for picture in pictures]
         return {
@@ -68,6 +93,11 @@ class PictureEncoder:
             raise ValueError("this VAE leaves the range of float16 (force_upcast): load it in float32 or bfloat16")
         self.image_encoder = image_encoder.requires_grad_(False).eval().to(device)
         self.vae = vae.requires_grad_(False).eval().to(device)
+
+    @property
+    def num_tokens(self) -> int:
+        """k_0"""
+        return (self.image_encoder.config.image_size // self.image_encoder.config.patch_size) ** 2
 
     @torch.no_grad()
     def latents(self, pictures: torch.Tensor) -> torch.Tensor:

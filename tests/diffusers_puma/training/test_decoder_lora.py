@@ -13,14 +13,14 @@ SCALE, CHANNELS = 3, 32
 ARGUMENTS = {"max_steps": 7, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
 
 
-def lora_trainer(folder, rank: int = 2, **arguments):
-    unet = make_unet(SCALE)
+def lora_trainer(folder, rank: int = 2, null_tokens: int = TOKENS[0], dtype=torch.float32, scale=None, **arguments):
+    unet = make_unet(SCALE).to(dtype)
     torch.manual_seed(3)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=8, target_modules=["to_q", "to_v", "encoder_hid_proj"]))
     generator = torch.Generator().manual_seed(0)
     shapes = {"latents": (4, 8, 8), "features": (TOKENS[0], CHANNELS)}
     rows = [{name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for _ in range(6)]
-    components = {"null_features": torch.zeros(1, TOKENS[0], CHANNELS)}
+    components = {"null_features": torch.zeros(1, null_tokens, CHANNELS), "scale": scale}
     return trainer(folder, unet, train_dataset=rows, components=components, **{**ARGUMENTS, **arguments})
 
 
@@ -70,3 +70,29 @@ def test_adapter_of_another_rank_is_refused(tmp_path):
     lora_trainer(tmp_path, max_steps=3, ema_decay=0.0).train()
     with pytest.raises(RuntimeError, match="size mismatch"):
         lora_trainer(tmp_path, rank=4, ema_decay=0.0).train(resume_from_checkpoint=True)
+
+
+def test_adapter_of_a_decoder_in_half_precision_is_trained_in_full(tmp_path):
+    run = lora_trainer(tmp_path, dtype=torch.bfloat16, bf16=True, ema_decay=0.9)
+    run.train()
+    run.save_model()
+    assert run.model.conv_in.weight.dtype == torch.bfloat16
+    trained = [*run.trained_parameters, *run.ema.shadow_params]
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors").values()
+    assert {weight.dtype for weight in (*trained, *saved)} == {torch.float32}
+    with pytest.raises(ValueError, match="decoder in torch.bfloat16 needs mixed precision: pass bf16=True"):
+        lora_trainer(tmp_path, dtype=torch.bfloat16)
+
+
+def test_scale_that_pooled_null_features_do_not_tell(tmp_path):
+    with pytest.raises(ValueError, match="features have 256 tokens, and the finest scale 4, going by null_features"):
+        lora_trainer(tmp_path, null_tokens=TOKENS[SCALE]).train()
+    run = lora_trainer(tmp_path, null_tokens=TOKENS[SCALE], scale=SCALE, max_steps=1)
+    run.train()
+    run.save_model()
+    weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith(f"unet_{SCALE}.") for name in weights)
+    with pytest.raises(ValueError, match="null_features have 256 tokens, the finest scale has 16"):
+        lora_trainer(tmp_path, scale=1)
+    with pytest.raises(ValueError, match="scale must be 0..4, got '3'"):
+        lora_trainer(tmp_path, scale="3")

@@ -204,9 +204,14 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
         ({"image_dropout": 1.5}, "image_dropout must be between 0 and 1"),
         ({"ema_decay": 1.0}, "ema_decay must be at least 0 and below 1"),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma must be positive"),
+        ({"noise_offset": -1.0}, "noise_offset must be at least 0, got -1.0"),
+        ({"resolution": 0}, "resolution must be at least 1, got 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"schedule": {**EPSILON, "rescale_betas_zero_snr": True}}, "needs prediction_type 'v_prediction'"),
         ({"unet": "num_tokens=64"}, "features of 16 tokens cannot be pooled to 64"),
+        ({"components": {"null_features": torch.zeros(16, CHANNELS)}}, r"\(1, tokens, 12\), got \(16, 12\)"),
+        ({"components": {"null_features": torch.zeros(2, 16, CHANNELS)}}, r"\(1, tokens, 12\), got \(2, 16, 12\)"),
+        ({"components": {"null_features": torch.zeros(1, 16, 11)}}, r"\(1, tokens, 12\), got \(1, 16, 11\)"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, arguments, message):
@@ -214,6 +219,36 @@ def test_bad_arguments_are_refused(tmp_path, arguments, message):
         arguments = {"unet": tiny_unet(64)}
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(3, 8, 8)}, r"latents must be \(rows, 4, h, w\), got \(3, 3, 8, 8\)"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must be \(rows, 4, h, w\), got \(3, 1, 4, 8, 8\)"),
+        ({"features": torch.zeros(16, 11)}, r"features must be \(rows, tokens, 12\), got \(3, 16, 11\)"),
+        ({"features": torch.zeros(CHANNELS)}, r"features must be \(rows, tokens, 12\), got \(3, 12\)"),
+        ({"features": torch.zeros(64, CHANNELS)}, "features have 64 tokens, and the finest scale 16"),
+    ],
+)
+def test_rows_of_a_wrong_shape_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, train_dataset=[row | change for row in rows(3)]).train()
+
+
+def test_rows_that_differ_or_lack_something_are_refused(tmp_path):
+    smaller = {**rows(1)[0], "latents": torch.zeros(4, 4, 4)}
+    with pytest.raises(ValueError, match=r"the shape of their latents, got \[\(4, 4, 4\), \(4, 8, 8\)\]"):
+        trainer(tmp_path, train_dataset=[*rows(2), smaller]).train()
+    with pytest.raises(ValueError, match=r"must hold latents and features.*got \['latents'\]"):
+        trainer(tmp_path, train_dataset=[{"latents": row["latents"]} for row in rows(3)]).train()
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_decoder_in_half_precision_is_not_trained_whole(tmp_path, dtype, mixed_precision):
+    with pytest.raises(ValueError, match=f"weights to train must be in torch.float32, got {dtype}"):
+        trainer(tmp_path, tiny_unet().to(dtype), bf16=mixed_precision)
 
 
 def test_compiled_training_computes_the_same_in_one_graph(tmp_path):

@@ -65,6 +65,21 @@ def test_resolution_is_the_decoders_or_what_is_asked_for(tmp_path, decoder_pipel
         assert batch["pictures"].min() >= -1 and batch["pictures"].max() <= 1
 
 
+def test_scale_is_told_by_the_encoder(tmp_path, decoder_pipeline, pictures):
+    pooled = decoder_pipeline.black_image_features()[SCALE]
+    parts = components(decoder_pipeline) | {"null_features": pooled}
+    run = trainer(tmp_path, make_unet(SCALE), train_dataset=[{"image": pictures[0]}], components=parts)
+    assert run.scale == SCALE
+
+
+def test_rows_that_hold_no_picture_are_refused():
+    collate = PumaDecoderCollator(32, 16)
+    with pytest.raises(ValueError, match="a row's image must be a PIL image, got str"):
+        collate([{"image": "cat.png"}])
+    with pytest.raises(ValueError, match=r"a row must hold latents and features, or an image.*got \['picture'\]"):
+        collate([{"picture": Image.new("RGB", (8, 8))}])
+
+
 def test_transparent_and_grey_pictures_become_rgb():
     """What is transparent becomes white, as where a model reads pictures."""
     batch = PumaDecoderCollator(32, 16)([{"image": Image.new(mode, (20, 20))} for mode in ("RGBA", "L", "P")])
@@ -77,6 +92,8 @@ def test_components_that_do_not_suffice_are_refused(tmp_path, decoder_pipeline):
         trainer(tmp_path, make_unet(SCALE), components={"vae": decoder_pipeline.vae})
     with pytest.raises(ValueError, match="null_features is needed"):
         trainer(tmp_path, make_unet(SCALE), components={"image_encoder": None})
+    with pytest.raises(ValueError, match="resolution must be a multiple of the VAE's 2, got 7"):
+        trainer(tmp_path, make_unet(SCALE), components=components(decoder_pipeline), resolution=7)
     decoder_pipeline.vae.to(torch.float16)
     with pytest.raises(ValueError, match="leaves the range of float16"):
         trainer(tmp_path, make_unet(SCALE), components=components(decoder_pipeline))
