@@ -71,6 +71,10 @@ def test_shards(tmp_path):
     index.write_text("{}")
     with pytest.raises(ValueError, match="index.json is no index of weights: it has no weight_map"):
         shard_files(index)
+    for outside in ("../2", "/2"):
+        index.write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(ValueError, match=f"must name files of its own folder, found {outside}"):
+            shard_files(index)
 
 
 def test_no_advice_to_unpickle(tmp_path):

@@ -8,6 +8,7 @@ Legend: B rows, T positions, n images, S tokens of an image, k_i of scale i, C f
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from transformers import GenerationMixin
@@ -67,7 +68,7 @@ class PumaGenerationMixin(GenerationMixin):
             ValueError: a scale that the model does not have, a prompt that does not end with `[IMG]`, images from two
                 sources or other than the prompts hold, or another number of generators than rows.
         """
-        if not isinstance(scale, int) or not 0 <= scale < self.config.num_scales:
+        if not isinstance(scale, Integral) or not 0 <= scale < self.config.num_scales:
             raise ValueError(f"scale={scale!r} must be one of 0..{self.config.num_scales - 1}")
         if pixel_values is not None and image_features is not None:
             raise ValueError("images must come from one of pixel_values and image_features")

@@ -44,8 +44,9 @@ def convert_released_decoders(src: str | Path, dst: str | Path) -> None:
     """Converts a folder in the release's layout (a download of the Hub repository `LucasFang/PUMA`).
 
     Weights may be safetensors or `.bin`, whole or in shards; nothing is unpickled but tensors. Decoders keep their
-    number format; the image encoder and the VAE are written in fp32. One decoder at a time is in memory. All parts are
-    checked before the first is written, and `dst` appears only once it is complete.
+    number format and are mapped from their files, not read, but for `.bin` files in torch's form before 1.6. The
+    image encoder and the VAE are written in fp32. All parts are checked before the first is written, and `dst` appears
+    only once it is complete.
 
     Args:
         src: the folder that holds `ckpts/`.
@@ -136,7 +137,7 @@ def empty_decoder(folder: Path, config: dict[str, Any]) -> PumaUNet2DConditionMo
     try:
         with torch.device("meta"):
             return PumaUNet2DConditionModel(**arguments)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} describes no UNet: {error}") from error
 
 

@@ -115,11 +115,9 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             scales: the decoders to read; None reads all that are there.
 
         Raises:
-            ValueError: no list, or a scale whose decoder the folder does not have.
+            ValueError: a scale whose decoder the folder does not have.
         """
         if scales is not None:
-            if not isinstance(scales, list):
-                raise ValueError(f"scales must be a list such as [3], got {scales!r}")
             index = cls.load_config(pretrained_model_name_or_path, **kwargs)
             present = [s for s in range(NUM_SCALES) if f"unet_{s}" in kwargs or index.get(f"unet_{s}", [None])[0]]
             wanted = as_scales(scales, present, present, IMAGE_SCALE) if scales != [] else []

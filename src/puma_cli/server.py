@@ -152,7 +152,7 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
     if Path(name).is_dir():
         name = Path(name).resolve().name
     sizes = [getattr(pipe, f"unet_{scale}").config.sample_size for scale in pipe.scales]
-    max_side = MAX_ENLARGEMENT * max(sizes) * pipe.vae_scale_factor
+    max_side = MAX_ENLARGEMENT * max(sizes, default=0) * pipe.vae_scale_factor
     served = {"id": name, "object": "model", "created": 0, "owned_by": "puma"}
 
     def respond(request: DrawRequest, images: list[Image.Image]) -> dict[str, Any]:

@@ -55,12 +55,16 @@ def shard_files(index: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: one of them is missing.
-        ValueError: not an index.
+        ValueError: not an index, or one of files outside of its folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} is no index of weights: it has no weight_map")
-    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    names = [Path(name) for name in sorted(set(weight_map.values()))]
+    outside = [name for name in names if name.is_absolute() or ".." in name.parts]
+    if outside:
+        raise ValueError(f"{index} must name files of its own folder, found {outside[0]}")
+    files = [index.parent / name for name in names]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, but {index.name} names it")

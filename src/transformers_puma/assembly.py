@@ -70,6 +70,8 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     require_language_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError:
+        raise
     except Exception as error:
         # tokenizers has no exception of its own.
         raise ValueError(f"the tokenizer of {name} cannot be read: {unreadable(error)}") from error

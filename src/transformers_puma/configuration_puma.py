@@ -1,7 +1,7 @@
 """Configuration of PUMA: a decoder-only language model, a CLIP vision encoder, and the scales between them."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, DynamicCache, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, PreTrainedConfig
 
 from .granularity import tokens_per_scale
 from .image_decoding_puma import IMAGE_DECODINGS
@@ -122,11 +122,6 @@ class PumaConfig(PreTrainedConfig):
         if self.text_config.get_text_config() is not self.text_config:
             raise ValueError(
                 f"text_config is of a model of several parts ({self.text_config.model_type}): give its text part"
-            )
-        if type(self.text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(
-                f"text_config is of type {self.text_config.model_type}, which writes no text: expected a decoder-only "
-                "language model"
             )
         if self.vision_config.model_type != CLIP_L14["model_type"]:
             raise ValueError(f"vision_config is of type {self.vision_config.model_type}, not of a CLIP vision model")

@@ -209,9 +209,12 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         load_language_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-def test_cut_off_weights_are_named_before_any_is_read(tmp_path, shard_size):
-    save_language_model(tmp_path, "llama", **TEXT).save_pretrained(tmp_path, max_shard_size=shard_size)
+@pytest.mark.parametrize(("shard_size", "files"), [("1GB", 1), ("20KB", 6)])
+def test_cut_off_weights_are_named_before_any_is_read(tmp_path, shard_size, files):
+    model = save_language_model(tmp_path, "llama", **TEXT)
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == files
     file = max(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{file} is no complete safetensors file"):

@@ -47,7 +47,6 @@ def test_overrides_and_edits_must_be_consistent_too(processor, tmp_path):
         ("text_config", {"text_config": {"model_type": "t5"}}),
         ("text_config", {"text_config": {"model_type": "gemma3"}}),
         ("text_config", {"text_config": {"model_type": "no such model"}}),
-        ("text_config", {"text_config": {"model_type": "clip_text_model"}}),
         ("num_location_tokens", {"num_location_tokens": -1}),
         ("image_decoding", {"image_decoding": "diffusion"}),
         ("image_decoding", {"image_decoding": "next_scale", "text_config": {**TEXT, "model_type": "mistral"}}),

@@ -162,7 +162,7 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         shape = tuple(features.shape)
         if len(shape) != 3 or shape[2] != config.encoder_hid_dim:
             raise ValueError(f"a batch's features must be (rows, tokens, {config.encoder_hid_dim}), got {shape}")
-        if shape[1] > self.finest_tokens:
+        if self.adapter_name is not None and shape[1] > self.finest_tokens:  # its file tells the scale
             raise ValueError(
                 f"features have {shape[1]} tokens, and the finest scale {self.finest_tokens}, going by null_features "
                 "or scale"

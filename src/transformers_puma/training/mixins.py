@@ -27,7 +27,10 @@ class PumaTrainerMixin(ResumableTrainerMixin):
         self._freeze_encoder()
 
     def _puma_model(self) -> PumaModel:
-        return next(module for module in self.model.modules() if isinstance(module, PumaModel))
+        for module in self.model.modules():
+            if isinstance(module, PumaModel):
+                return module
+        raise ValueError(f"model must be a PumaForConditionalGeneration, got a {type(self.model).__name__}")
 
     def _freeze_encoder(self) -> None:
         self._puma_model().vision_tower.requires_grad_(False)
@@ -71,7 +74,8 @@ class ModelLossMixin(PumaTrainerMixin):
 
     def train(self, *args, **kwargs):
         if self.args.packing and self.place_model_on_device:  # else the weights are sharded, or not here yet
-            _require_separate_rows(self._puma_model().language_model)
+            with self.accelerator.autocast():  # in the number format of the training
+                _require_separate_rows(self._puma_model().language_model)
         self._parts[True].clear()
         return super().train(*args, **kwargs)
 
@@ -153,19 +157,23 @@ def _require_separate_rows(language_model: PreTrainedModel) -> None:
     Seen from what it computes: some architectures (OPT, BLOOM) make their mask without a look at the position ids.
     """
     # Two sequences of two rows, of which the second is the same.
-    packed = torch.tensor([[3, 2, 1, 0], [4, 5, 1, 0]], device=language_model.device)
-    position_ids = torch.tensor([[0, 1, 0, 1]], device=language_model.device)
+    sequences = torch.tensor([[3, 2, 1, 0], [4, 5, 1, 0]], device=language_model.device)
+
+    def difference(position_ids: list[int]) -> torch.Tensor:
+        """Between the states of the second rows."""
+        positions = torch.tensor([position_ids], device=language_model.device)
+        states = [
+            language_model(input_ids=ids[None], position_ids=positions, use_cache=False).last_hidden_state[:, 2:]
+            for ids in sequences
+        ]
+        return (states[0] - states[1]).abs().max()
+
     is_training = language_model.training
     language_model.eval()
-    states = torch.cat(
-        [
-            language_model(input_ids=ids[None], position_ids=position_ids, use_cache=False).last_hidden_state[:, 2:]
-            for ids in packed
-        ]
-    )
+    packed, joined = difference([0, 1, 0, 1]), difference([0, 1, 2, 3])
     language_model.train(is_training)
-    tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
-    if not torch.allclose(states[0], states[1], rtol=0, atol=tolerance):
+    # Of packed rows it is rounding, and what the rows before do to these otherwise.
+    if packed > joined / 2:
         raise ValueError(
             f"packing=True does not work with this language model ({language_model.config.model_type}), in which "
             "packed rows see each other: expected packing=False"

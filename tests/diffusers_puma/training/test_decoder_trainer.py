@@ -228,7 +228,6 @@ def test_bad_arguments_are_refused(tmp_path, arguments, message):
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must be \(rows, 4, h, w\), got \(3, 1, 4, 8, 8\)"),
         ({"features": torch.zeros(16, 11)}, r"features must be \(rows, tokens, 12\), got \(3, 16, 11\)"),
         ({"features": torch.zeros(CHANNELS)}, r"features must be \(rows, tokens, 12\), got \(3, 12\)"),
-        ({"features": torch.zeros(64, CHANNELS)}, "features have 64 tokens, and the finest scale 16"),
     ],
 )
 def test_rows_of_a_wrong_shape_are_refused(tmp_path, change, message):

@@ -133,12 +133,23 @@ def test_every_module_of_images_runs_in_every_batch(processor, image_head, image
     assert row == 2 or not model.model.projector.weight.grad.any()
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom"])
-def test_packing_where_packed_rows_would_see_each_other(processor, tmp_path, model_type):
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "projection"),
+    [
+        ("gpt2", "h.0.attn.c_attn"),
+        ("opt", "decoder.layers.0.self_attn.q_proj"),
+        ("bloom", "h.0.self_attention.query_key_value"),
+    ],
+)
+def test_packing_where_packed_rows_would_see_each_other(processor, tmp_path, model_type, projection, bf16):
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "n_positions": 256}
     text = {"model_type": model_type, **sizes, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.5}
-    arguments = PumaTrainingArguments(str(tmp_path), max_steps=1, packing=True, report_to="none", use_cpu=True)
+    options = {"max_steps": 1, "packing": True, "bf16": bf16, "report_to": "none", "use_cpu": True}
+    arguments = PumaTrainingArguments(str(tmp_path), **options)
     model = make_model(processor, text_config=text)
+    if bf16:  # as kernels that know half precision alone; training brings their inputs to it
+        model.model.language_model.get_submodule(projection).bfloat16()
     trainer = PumaTrainer(model, arguments, processing_class=processor, train_dataset=make_rows())
     if model_type == "gpt2":
         trainer.train()

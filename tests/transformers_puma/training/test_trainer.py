@@ -166,6 +166,12 @@ def test_a_trainer_needs_a_processor_or_a_collator(processor, tmp_path, part):
         PumaTrainer(make_model(processor), arguments, processing_class=getattr(processor, part, None))
 
 
+def test_another_kind_of_model_is_refused(processor, tmp_path):
+    arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="model must be a PumaForConditionalGeneration, got a LlamaModel"):
+        PumaTrainer(make_model(processor).model.language_model, arguments, processing_class=processor)
+
+
 def test_an_evaluation_computes_the_logits_that_it_needs(processor, rows, tmp_path):
     """For the loss alone those with labels; for metrics all of them, and nothing that has no row for each example."""
     trainer = make_trainer(processor, rows, tmp_path, per_device_eval_batch_size=2)
