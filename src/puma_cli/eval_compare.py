@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, one_line
+from puma_files import read_json
+
+from .errors import UserError
 from .eval_report import INPUT_SCALES, OTHERS, REPORT
 
 NEAR_ONE = ("clip_", "dino", "lpips", "nmse_")
@@ -57,14 +59,10 @@ def find_results(name: str) -> Path:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(results, dict) or not isinstance(results.get("settings"), dict):
-        raise UserError(f"{file} is not the results file of an evaluation")
+    results = read_json(file)
+    settings = results.get("settings") if isinstance(results.get("settings"), dict) else {}
     missing = [name for name in ("task", "scores", "num_samples") if name not in results]
-    missing += [f"settings.{name}" for name in ("model", "data") if name not in results["settings"]]
+    missing += [f"settings.{name}" for name in ("model", "data") if name not in settings]
     if missing:
         raise UserError(f"{file} is not the results file of an evaluation: it has no {', '.join(missing)}")
     return results

@@ -1,11 +1,12 @@
 """Which model a command is about, and what is in it, without loading or downloading any weight."""
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from puma_files import read_json
 
 from .errors import UserError, one_line
 from .options import NUM_SCALES, Scale
@@ -79,12 +80,7 @@ class ModelSource:
 
     def _read(self, file: str) -> dict[str, Any]:
         path = Path(self.name, file) if Path(self.name).is_dir() else _download(self.name, file)
-        if path is None or not path.is_file():
-            return {}
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {one_line(error)}") from error
+        return {} if path is None or not path.is_file() else read_json(path)
 
 
 def find_model(name: str | None) -> ModelSource:

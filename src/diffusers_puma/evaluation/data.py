@@ -270,7 +270,7 @@ def _as_pictures(table, path: Path):
         return table
     try:
         return table.cast_column(column, ImageFeature())
-    except (NotImplementedError, TypeError, ValueError) as error:  # of Arrow
+    except (NotImplementedError, TypeError, ValueError) as error:  # as Arrow raises of a type that has no cast
         raise ValueError(f"column {column} of {path} must hold pictures or paths to them, not {feature}") from error
 
 
