@@ -1,10 +1,17 @@
-"""Scenes from words: compositions of two to four emoji that no training scene holds together."""
+"""Scenes from words: compositions of two to four emoji that no training scene holds together.
+
+Beside them what the decoders make of true features, and of teacher-forced ones, each written from the true features
+before: where objects that are not there were lost.
+"""
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from judge import Judge, hits
-from measuring import SHOWN, Bench, averages, decode, generators, numbered, per_sample, to_pixels
+from measuring import SHOWN, Bench, averages, decode, generators, numbered, per_sample, to_pil, to_pixels
+
+from transformers_puma import flatten_scales
+from transformers_puma.evaluation.teacher_forcing import teacher_forced_features
 
 PART = "scenes"
 TRUE = "true picture"
@@ -38,9 +45,20 @@ def measure(bench: Bench, scenes: Dataset, samples: list[dict]) -> list[dict]:
     chosen = scenes.select([sample["row"] for sample in samples])
     prompts, truth = list(chosen["prompt"]), to_pixels(list(chosen["target"]))
     objects = chosen.select_columns(["concepts", "boxes"]).to_list()
-    features = bench.pipe.generate_image_features(prompts, None, 0, generators(samples, 0))
-    drawn = decode(bench.pipe, features, bench.pipe.scales, generators(samples, 0))
-    shown = {TRUE: truth} | {f"scale {scale}": pictures for scale, pictures in drawn.items()}
+    pipe, true_features = bench.pipe, bench.pipe.encode_image(to_pil(truth))
+    inputs = pipe.processor.prepare_generation(prompts, None).to(pipe.device)
+    noise = pipe.mllm.draw_feature_noise(len(prompts), 0, generators(samples, 0), pipe.device)
+    features = {
+        "": pipe.generate_image_features(prompts, None, 0, generators(samples, 0)),
+        "true features, ": true_features,
+        "teacher-forced features, ": teacher_forced_features(
+            pipe.mllm, **inputs, target_features=flatten_scales(true_features), noise=noise
+        ),
+    }
+    shown = {TRUE: truth}
+    for name, given in features.items():
+        drawn = decode(pipe, given, pipe.scales, generators(samples, 0))
+        shown |= {f"{name}scale {scale}": pictures for scale, pictures in drawn.items()}
     texts, true = bench.judge.read(prompts), bench.judge.look(truth).embeddings
     table = {}
     for label, pictures in shown.items():
