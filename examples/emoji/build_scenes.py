@@ -8,6 +8,10 @@ One row is one picture with what is in it, so that every picture is encoded once
   canny, grey, masked     the picture `origin` as edges, without colour, or with a grey square
 `origin` is a row of this split if `origin_set` is "scenes", else of the same split of the emoji data.
 
+Most scenes are scattered: objects differ in size and lie anywhere in their places, so that reading them takes looking.
+Those to be drawn from words are `centred`: their caption says all of what they show, as there is one size, one spot in
+each place and one order of alike objects. A regressed feature is the mean of all that the words leave open.
+
 Splits: train, and the two of the emoji data: `heldout_concept` shows only concepts that no training picture shows;
 `heldout_pair` shows compositions: a pair of concepts that no training scene holds together (a concept with itself is
 one that train never repeats), half of them with a (concept, style) pair that train lacks too.
@@ -26,6 +30,7 @@ import emoji_pictures as pictures
 import numpy as np
 from build_dataset import SIZE, SPLITS, fraction, load_emoji, save, to_uint8
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+from emoji_words import READING_ORDER
 from PIL import Image as PILImage
 from tqdm import tqdm
 
@@ -44,6 +49,7 @@ PLACES = {
 }  # fmt: skip
 CELLS = [place for place in PLACES if " " in place]
 OBJECT_SIZES = (24, 31)  # of the longer side
+CENTRED_SIZE = 28
 MASK_SIZES = (20, 32)
 RECOLOURED_SHARE = 0.2  # of scenes show an object in a colour that is not its own from the start
 MAX_TRIES = 5000
@@ -52,20 +58,21 @@ MAX_TRIES = 5000
 @dataclass(frozen=True)
 class Counts:
     """How much a split gets: families (a scene and its edits), how many pictures get conditions or a colour, and
-    scenes without edits."""
+    scenes without edits, scattered or centred."""
 
     families: int
     conditioned_scenes: int = 0
     conditioned_emoji: int = 0
     recoloured_emoji: int = 0
     more_scenes: int = 0
+    centred_scenes: int = 0
     edits: bool = True
 
 
 COUNTS = {
-    "train": Counts(4400, 800, 2600, 3000, more_scenes=12000),
+    "train": Counts(4400, 800, 2600, 3000, more_scenes=12000, centred_scenes=24000),
     "heldout_concept": Counts(256, 128, 256, 256),
-    "heldout_pair": Counts(512, edits=False),
+    "heldout_pair": Counts(512, centred_scenes=512, edits=False),
 }
 OBJECT_COLUMNS = ("name", "base", "group", "place", "adjective", "colour")
 FEATURES = Features(
@@ -76,6 +83,7 @@ FEATURES = Features(
         "origin": Value("int32"),
         "changed": Value("int32"),
         "style": Value("string"),
+        "centred": Value("bool"),
         "objects": List({**{name: Value("string") for name in OBJECT_COLUMNS}, "box": List(Value("int32"))}),
     }
 )
@@ -158,13 +166,15 @@ def render(library: Library, scene: list[Placed]) -> np.ndarray:
     return canvas
 
 
-def place(library: Library, row: int, where: str, rng: random.Random) -> Placed:
-    """The object at a random size and position within a place."""
+def place(library: Library, row: int, where: str, centred: bool, rng: random.Random) -> Placed:
+    """The object in a place: in its middle, or at a random size and position."""
     height, width = library.cut_out(row, "").shape[:2]
-    scale = rng.randint(*OBJECT_SIZES) / max(width, height)
+    scale = (CENTRED_SIZE if centred else rng.randint(*OBJECT_SIZES)) / max(width, height)
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    x, y, free_width, free_height = PLACES[where]
-    x, y = x + rng.randint(0, free_width - width), y + rng.randint(0, free_height - height)
+    x, y, *free = PLACES[where]
+    room = free[0] - width, free[1] - height
+    shift_x, shift_y = (space // 2 if centred else rng.randint(0, space) for space in room)
+    x, y = x + shift_x, y + shift_y
     return Placed(row, where, (x, y, x + width, y + height))
 
 
@@ -181,7 +191,16 @@ def draw_concepts(library: Library, style: str, layout: str, rng: random.Random)
     return chosen + chosen[:1] if layout == "mixed" or len(chosen) == 1 else chosen
 
 
-def draw_scene(library: Library, heldout: bool | None, rng: random.Random) -> list[Placed]:
+def draw_places(layout: str, number: int, centred: bool, rng: random.Random) -> list[str]:
+    """Where the objects of a scene lie."""
+    if fixed := {"beside": ["left", "right"], "stacked": ["top", "bottom"]}.get(layout):
+        return rng.sample(fixed, 2)
+    if centred and layout != "cells":
+        return READING_ORDER[number]
+    return rng.sample(CELLS, number)
+
+
+def draw_scene(library: Library, heldout: bool | None, centred: bool, rng: random.Random) -> list[Placed]:
     """A random scene; `heldout` says whether its composition is to be one of those kept from training (None: either).
 
     Raises:
@@ -196,9 +215,10 @@ def draw_scene(library: Library, heldout: bool | None, rng: random.Random) -> li
         if heldout is not None and is_heldout(bases) != heldout:
             continue
         row_of = {base: rng.choice(library.styles[style][base]) for base in sorted(set(bases))}
-        fixed = {"beside": ["left", "right"], "stacked": ["top", "bottom"]}.get(layout)
-        places = rng.sample(fixed, 2) if fixed else rng.sample(CELLS, len(bases))
-        scene = [place(library, row_of[base], where, rng) for base, where in zip(bases, places, strict=True)]
+        places = draw_places(layout, len(bases), centred, rng)
+        if centred:
+            bases = sorted(bases, key=bases.index)  # alike ones side by side
+        scene = [place(library, row_of[base], where, centred, rng) for base, where in zip(bases, places, strict=True)]
         return sorted(scene, key=lambda placed: list(PLACES).index(placed.place))
     raise ValueError(
         f"no scene with heldout={heldout} in {MAX_TRIES} tries: {len(library.texts)} pictures are too few"
@@ -222,7 +242,13 @@ def png(pixels: np.ndarray) -> dict:
 
 
 def make_row(
-    pixels: np.ndarray, role: str, style: str, objects: list[dict], origin: tuple[str, int] = ("", -1), changed=-1
+    pixels: np.ndarray,
+    role: str,
+    style: str,
+    objects: list[dict],
+    origin: tuple[str, int] = ("", -1),
+    changed: int = -1,
+    centred: bool = False,
 ) -> dict:
     return {
         "image": png(pixels),
@@ -231,17 +257,20 @@ def make_row(
         "origin": origin[1],
         "changed": changed,
         "style": style,
+        "centred": centred,
         "objects": objects,
     }
 
 
-def family(library: Library, heldout: bool | None, edits: bool, start: int, rng: random.Random) -> Iterator[dict]:
+def family(
+    library: Library, heldout: bool | None, edits: bool, start: int, rng: random.Random, centred: bool = False
+) -> Iterator[dict]:
     """A scene and, with `edits`, the same scene without an object and with one in another colour.
 
     Args:
         start: the scene's row in its split.
     """
-    scene = draw_scene(library, heldout, rng)
+    scene = draw_scene(library, heldout, centred, rng)
     if rng.random() < RECOLOURED_SHARE and (changed := recoloured(library, scene, rng)):
         scene = changed[0]
     style = library.texts[scene[0].row]["style"]
@@ -249,7 +278,7 @@ def family(library: Library, heldout: bool | None, edits: bool, start: int, rng:
     def row(role: str, shown: list[Placed], **origin) -> dict:
         return make_row(render(library, shown), role, style, [library.describe(placed) for placed in shown], **origin)
 
-    yield row("scene", scene)
+    yield row("scene", scene, centred=centred)
     if edits:
         gone = rng.randrange(len(scene))
         yield row("removed", scene[:gone] + scene[gone + 1 :], origin=("scenes", start), changed=gone)
@@ -317,6 +346,9 @@ def build_split(split: str, library: Library, counts: Counts, seed: int) -> Data
     for number in tqdm(range(counts.more_scenes), desc=f"more scenes, {split}", disable=not counts.more_scenes):
         rng = random.Random(f"{seed} {split} scene {number}")
         rows += family(library, heldout, False, len(rows), rng)
+    for number in tqdm(range(counts.centred_scenes), desc=f"centred, {split}", disable=not counts.centred_scenes):
+        rng = random.Random(f"{seed} {split} centred {number}")
+        rows += family(library, heldout, False, len(rows), rng, centred=True)
     return Dataset.from_list(rows, features=FEATURES)
 
 

@@ -54,21 +54,24 @@ class HeldOut:
         return (self.emoji if which == "emoji" else self.composed)[row]["image"]
 
     def pictures(self, which: str, count: int, rng: random.Random) -> list[Picture]:
-        """Distinct pictures in random order: of the emoji one of each concept and style."""
+        """Distinct pictures in random order: of the emoji one of each concept and style; scenes that are `scattered`
+        (to be asked about) or `centred` (to be drawn)."""
         if which == "emoji":
             rows = [rng.choice(group) for group in self.split.groups]
+        elif which == "scattered":
+            rows = list(self.split.scattered)
         else:
-            # Boxes and places: composed pictures, not an emoji in another colour.
-            rows = list(self.split.compositions)
+            rows = [row for row in self.split.compositions if self.split.scenes[row]["centred"]]
         rng.shuffle(rows)
-        return [(which, row) for row in rows[:count]]
+        return [("emoji" if which == "emoji" else "scenes", row) for row in rows[:count]]
 
     def questions(self, per_type: int) -> list[dict]:
         """At most `per_type` questions of each type about emoji, and of each about scenes ("scene: TYPE")."""
         asked = []
-        for which, types in (("emoji", EMOJI_TYPES), ("scenes", SCENE_TYPES)):
+        for which, types in (("emoji", EMOJI_TYPES), ("scattered", SCENE_TYPES)):
             for type in types:
-                rng = random.Random(f"{self.seed} {self.name} {which} {type}")
+                kind = "emoji" if which == "emoji" else "scenes"
+                rng = random.Random(f"{self.seed} {self.name} {kind} {type}")
                 found = 0
                 for picture in self.pictures(which, len(self.composed) + len(self.emoji), rng):
                     question = self.split.question(picture, rng, type)
@@ -114,7 +117,7 @@ class HeldOut:
     def prompts(self, per_type: int) -> list[dict]:
         """Pictures to draw from their plain captions."""
         rows = []
-        for which, type in (("emoji", "emoji"), ("scenes", "scene")):
+        for which, type in (("emoji", "emoji"), ("centred", "scene")):
             for picture in self.pictures(which, per_type, random.Random(f"{self.seed} {self.name} draw {which}")):
                 shown = self.split.texts[picture[1]] if which == "emoji" else self.split.scenes[picture[1]]
                 things = [shown] if which == "emoji" else shown["objects"]

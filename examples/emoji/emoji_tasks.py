@@ -85,6 +85,9 @@ class EmojiSplit:
         self.groups = list(rows_of.values())
         self.shown = [row for row, scene in enumerate(self.scenes) if scene["role"] in SHOWN_ROLES]
         self.compositions = [row for row in self.shown if self.is_scene(("scenes", row))]
+        self.scattered = [row for row in self.compositions if not self.scenes[row]["centred"]]
+        # From words, what they say all of: centred scenes, and emoji in another colour.
+        self.drawn = sorted(set(self.shown) - set(self.scattered))
         self.conditions = [row for row, scene in enumerate(self.scenes) if scene["role"] in CONDITIONS]
         self.edits = EmojiEdits(self.texts, self.scenes)
 
@@ -174,6 +177,7 @@ class EmojiRows(Dataset):
         shares = dict(zip(KINDS, self.mix.kinds, strict=True))
         needed = {
             "scenes": (self.mix.scenes, split.shown),
+            "draw": (self.mix.scenes * shares["draw"], split.drawn),
             "condition": (shares["condition"], split.conditions),
             "edit": (shares["edit"], split.edits.types),
             "find": (shares["find"], split.compositions),
@@ -205,7 +209,7 @@ class EmojiRows(Dataset):
     def _copy(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
         """A patchwork to be drawn again: the cells of a grid show pieces of four pictures, so that no piece tells what
         is beside it."""
-        pictures = torch.stack([self._finest(self._any_picture(rng)) for _ in range(4)])
+        pictures = torch.stack([self._finest(self._any_picture(rng, self.split.shown)) for _ in range(4)])
         side, cells = round(pictures.shape[1] ** 0.5), rng.choice(PATCHWORKS)
         chosen = torch.tensor(rng.choices(range(4), k=cells * cells)).view(cells, cells)
         chosen = F.interpolate(chosen[None, None].float(), size=(side, side), mode="nearest").long().flatten()
@@ -231,14 +235,14 @@ class EmojiRows(Dataset):
         finest = [self._finest(picture) for picture in pictures]
         return finest, conversation(asked) | {"finest_given_scale": ALBUM_SCALE}
 
-    def _any_picture(self, rng: random.Random) -> Picture:
+    def _any_picture(self, rng: random.Random, scenes: list[int]) -> Picture:
         if rng.random() < self.mix.scenes:
-            return "scenes", rng.choice(self.split.shown)
+            return "scenes", rng.choice(scenes)
         return "emoji", self.split.draw_emoji(rng)
 
     def _one_picture(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
         split = self.split
-        picture = self._any_picture(rng)
+        picture = self._any_picture(rng, split.drawn if kind == "draw" else split.shown)
         if kind == "draw":
             return [picture], {"prompt": split.words(picture, rng), "completion": "<image>"}
         if kind == "describe":

@@ -16,6 +16,12 @@ CAPTIONS = (
     "{name}, {tags}, in {style} style",
 )
 NUMBERS = ("zero", "one", "two", "three", "four")
+# Where things lie whose places nobody names, of scenes that are drawn from words.
+READING_ORDER = {
+    2: ["left", "right"],
+    3: ["top left", "top right", "bottom left"],
+    4: ["top left", "top right", "bottom left", "bottom right"],
+}
 HEAD = re.compile(r"^(.*?)( (?:of|with|without|in|on|behind|arrow) .*)?$")
 IRREGULAR = {
     "mouse": "mice", "goose": "geese", "ox": "oxen", "wolf": "wolves", "knife": "knives", "leaf": "leaves",
@@ -142,13 +148,15 @@ def scene_words(objects: list[dict], rng: random.Random | None = None) -> str:
     if len(objects) == 1:
         (thing,) = objects
         return f"{a(thing)} {where(thing['place'])}" if thing["place"] else noun(thing)
-    forms = [listed(objects), counted(objects)]
+    forms = [listed(objects)]
     if len(objects) > len(set(map(noun, objects))):
-        forms.reverse()
+        forms = [counted(objects), *forms]
     elif len(objects) == 2 and (way := relation(objects[0]["place"], objects[1]["place"])):
         first, second = objects
         back = relation(second["place"], first["place"])
         forms = [f"{a(first)} {way} {a(second)}", f"{a(second)} {back} {a(first)}", *forms]
+    if READING_ORDER[len(objects)] == [thing["place"] for thing in objects]:
+        forms.append(counted(objects))
     return choose(forms, rng)
 
 

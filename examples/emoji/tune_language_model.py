@@ -17,9 +17,16 @@ from train_language_model import COMMON, DRAWING, CachedData, load_trained, trai
 
 from transformers_puma.training import PumaTrainingArguments, puma_lora_config
 
+OWN_FEATURE_SHARE = 0.6
 PRESETS = {
     "cpu": dict(
-        max_steps=900, per_device_train_batch_size=32, learning_rate=8e-4, warmup_steps=50, save_steps=100, **COMMON
+        max_steps=900,
+        per_device_train_batch_size=32,
+        learning_rate=8e-4,
+        warmup_steps=50,
+        save_steps=100,
+        own_feature_share=OWN_FEATURE_SHARE,
+        **COMMON,
     ),
     "gpu": dict(
         max_steps=10000,
@@ -27,9 +34,12 @@ PRESETS = {
         learning_rate=3e-4,
         warmup_steps=500,
         save_steps=1000,
+        own_feature_share=OWN_FEATURE_SHARE,
         **COMMON,
     ),
 }
+# Objects of scenes take the finer scales.
+FINEST_SCALE, SCENES = (0.10, 0.30, 0.60, 0.0, 0.0), 0.6
 SHARES = (0.30, 0.02, 0.12, 0.18, 0.10, 0.03, 0.12, 0.13)
 
 
@@ -54,7 +64,7 @@ def main() -> None:
     arguments.seed += 1
     torch.manual_seed(arguments.seed)
     model, processor = load_trained(options.pretrained, input_scales=options.input_scales)
-    mix = TaskMix(tuple(options.shares))
+    mix = TaskMix(tuple(options.shares), FINEST_SCALE, scenes=SCENES)
     if options.lora_r is None:
         train(model, processor, stage, arguments, options, mix, held_out=options.held_out)
         return

@@ -24,7 +24,7 @@ from .granularity import flatten_scales, multigranular_features, scale_of_positi
 from .image_decoding_puma import parent_of_position
 from .image_head_puma import PumaFlowHead, PumaRegressionHead
 from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
-from .loss_puma import image_loss, squared_error, text_loss
+from .loss_puma import image_loss, regression_targets, squared_error, text_loss
 from .outputs_puma import PumaCausalLMOutputWithPast, PumaModelOutputWithPast
 
 
@@ -360,6 +360,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         num_text_items: torch.Tensor | int | None = None,
         num_image_items: torch.Tensor | int | None = None,
         image_features: torch.Tensor | None = None,
+        target_features: torch.Tensor | None = None,
         feature_noise: float = 0.0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -371,6 +372,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         Args:
             labels: (B, T) supervised text tokens, -100 elsewhere. Without labels nothing is supervised.
             image_loss_mask: (n,) bool, images that are regression targets; without it none is.
+            target_features: (n, S, C) regression targets, where they are not the images that are read.
             num_text_items, num_image_items: supervised text and image tokens of the global batch, the two
                 denominators of the loss; by default those of this batch.
             logits_to_keep: logits for the last that many positions only, or for the positions in a tensor; 0 for all.
@@ -404,25 +406,26 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             **{CACHE: getattr(outputs, CACHE)},
         )
         if labels is not None:
-            supervised, targets = labels[:, 1:] != -100, labels[:, 1:]
-            has_all_logits = logits is not None and logits.shape[1] == hidden_states.shape[1]
-            if has_all_logits:
+            supervised = labels[:, 1:] != -100
+            if logits is not None and logits.shape[1] == hidden_states.shape[1]:
                 text_logits = logits[:, :-1][supervised]
             else:
                 text_logits = self.lm_head(hidden_states[:, :-1][supervised])
-            result.text_loss = text_loss(text_logits, targets[supervised], num_text_items)
-            result.image_loss, result.scale_losses = self._image_loss(outputs, image_loss_mask, num_image_items)
-            result.loss = (
-                self.config.text_loss_weight * result.text_loss + self.config.image_loss_weight * result.image_loss
-            )
+            result.text_loss = text_loss(text_logits, labels[:, 1:][supervised], num_text_items)
+            targets = regression_targets(target_features, outputs.image_features)
+            self._add_image_loss(result, outputs, targets, image_loss_mask, num_image_items)
+            weights = self.config.text_loss_weight, self.config.image_loss_weight
+            result.loss = weights[0] * result.text_loss + weights[1] * result.image_loss
         return result
 
-    def _image_loss(
+    def _add_image_loss(
         self,
+        result: PumaCausalLMOutputWithPast,
         outputs: PumaModelOutputWithPast,
+        targets: torch.Tensor | None,
         image_loss_mask: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> None:
         """Loss of the images to be written, each feature read from the state that `image_decoding` says."""
         hidden_states, positions = outputs.last_hidden_state, outputs.image_positions
         scales = scale_of_position(self.config.tokens_per_scale).to(hidden_states.device)
@@ -432,15 +435,16 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             target = states.new_zeros(0, self.config.vision_config.hidden_size)
         else:
             supervised = positions.of_images(image_loss_mask)
-            if self.config.image_decoding == "autoregressive":
-                states = hidden_states[:, :-1][supervised[:, 1:]]
-            else:
-                states = hidden_states[supervised]
-            offset = positions.offset[supervised]
-            scales, target = scales[offset], outputs.image_features[positions.image[supervised], offset]
+            is_shifted = self.config.image_decoding == "autoregressive"
+            states = hidden_states[:, :-1][supervised[:, 1:]] if is_shifted else hidden_states[supervised]
+            places = positions.image[supervised], positions.offset[supervised]
+            scales, target = scales[places[1]], targets[places]
         predicted, target = self.image_head.loss_pair(states, target, scales)
-        loss = image_loss(predicted, target, scales, weights, num_items)
+        result.image_loss = image_loss(predicted, target, scales, weights, num_items)
 
-        error = squared_error(predicted.detach(), target)
+        predicted = predicted.detach()
+        if positions is not None and self.config.image_head == "regression":
+            result.predicted_features = outputs.image_features.index_put(places, predicted.to(outputs.image_features))
+        error = squared_error(predicted, target)
         per_scale = torch.zeros_like(weights).index_add(0, scales, error)
-        return loss, per_scale / torch.bincount(scales, minlength=len(weights))
+        result.scale_losses = per_scale / torch.bincount(scales, minlength=len(weights))

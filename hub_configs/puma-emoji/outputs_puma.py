@@ -32,9 +32,11 @@ class PumaCausalLMOutputWithPast(CausalLMOutputWithPast):
         over this batch's supervised image tokens, NaN where a scale has none; detached, for logging.
     logits: (B, T, V); None where `skip_logits` was asked for.
     image_features: (n, S, C) encoder features of the images.
+    predicted_features: (n, S, C) the same, with what a regression head makes of each supervised one in its place.
     """
 
     text_loss: torch.Tensor | None = None
     image_loss: torch.Tensor | None = None
     scale_losses: torch.Tensor | None = None
     image_features: torch.Tensor | None = None
+    predicted_features: torch.Tensor | None = None

@@ -72,6 +72,7 @@ class PumaConfig(PreTrainedConfig):
         "text_loss",
         "image_loss",
         "scale_losses",
+        "predicted_features",
         "image_features",
     ]
 

@@ -185,6 +185,35 @@ def test_boxes_hold_the_objects_and_nothing_else_is_drawn(scenes):
             assert (rest == 255).all(), name
 
 
+def test_a_caption_says_all_of_a_centred_scene(scenes):
+    """Same words, same boxes; and without words for a place, objects lie in reading order."""
+    for name in ("train", "heldout_pair"):
+        centred = [scene for scene in scenes[name].remove_columns("image") if scene["centred"]]
+        assert centred and all(scene["role"] == "scene" for scene in centred)
+        shown = {}
+        for scene in centred:
+            assert {max(t["box"][2] - t["box"][0], t["box"][3] - t["box"][1]) for t in scene["objects"]} == {28}
+            for number in range(8):
+                caption = words.scene_caption(scene["objects"], scene["style"], random.Random(number))
+                boxes = [(thing["base"], thing["box"]) for thing in scene["objects"]]
+                assert shown.setdefault(caption, boxes) == boxes
+    assert not any(scene["centred"] for scene in scenes["heldout_concept"])
+
+
+def test_objects_are_counted_where_no_place_need_be_named():
+    def thing(name, place):
+        return {"name": name, "adjective": "", "place": place}
+
+    def said(*objects):
+        return {words.scene_words(list(objects), random.Random(seed)) for seed in range(40)}
+
+    assert "a cat and a dog" in said(thing("cat", "left"), thing("dog", "right"))
+    assert "a cat and a dog" not in said(thing("cat", "top"), thing("dog", "bottom"))
+    three = [thing("cat", "top left"), thing("cat", "top right"), thing("dog", "bottom left")]
+    assert words.scene_words(three) == "two cats and a dog"
+    assert words.scene_words([thing("cat", "top right"), thing("dog", "bottom left")]).startswith("a cat at the")
+
+
 def test_training_scenes_hold_no_composition_that_is_held_out(scenes):
     def compositions(name):
         return [[thing["base"] for thing in scene["objects"]] for scene in scenes[name] if scene["role"] == "scene"]
@@ -215,7 +244,7 @@ def test_too_little_to_compose_and_a_bad_share_are_errors(data, capsys):
     emoji = load_emoji(data)["heldout_pair"]
     library = build_scenes.Library(to_uint8(emoji), emoji.remove_columns("image").to_list()[:1])
     with pytest.raises(ValueError, match="no scene with heldout=.*1 pictures are too few"):
-        build_scenes.draw_scene(library, not is_heldout(["ball 0", "ball 0"]), random.Random(0))
+        build_scenes.draw_scene(library, not is_heldout(["ball 0", "ball 0"]), False, random.Random(0))
     with pytest.raises(SystemExit):
         build_scenes.main(["--share", "0"])
     assert "--share is 0.0" in capsys.readouterr().err

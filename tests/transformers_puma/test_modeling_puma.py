@@ -240,6 +240,26 @@ def test_positions():
     assert positions.offset[positions.mask].tolist() == [0, 1, 0, 1, 0, 1]
 
 
+def test_targets_that_are_not_what_is_read(processor, batch):
+    """The loss is of the same predictions against other features; only supervised ones are predicted."""
+    model = make_model(processor)
+    written = torch.tensor([False, True, True])
+    batch = {**batch, "labels": text_labels(processor, batch), "image_loss_mask": written}
+    plain = model(**batch)
+    targets = torch.randn_like(plain.image_features)
+    other = model(**batch, target_features=targets)
+    torch.testing.assert_close(other.predicted_features, plain.predicted_features)
+    assert torch.equal(plain.predicted_features[~written], plain.image_features[~written])
+    weights = torch.tensor(model.config.scale_loss_weights).repeat_interleave(torch.tensor([16, 4, 1])).flip(0)
+    error = (plain.predicted_features - targets)[written].square().mean(-1)
+    torch.testing.assert_close(other.image_loss, (weights * error).mean())
+    with pytest.raises(ValueError, match=r"target_features has shape \(1, 21, 32\), but the images are of \(\d, 21"):
+        model(**batch, target_features=targets[:1])
+    text = {key: batch[key][:1, :3] for key in ("input_ids", "labels")}
+    with pytest.raises(ValueError, match="but there are no images"):
+        model(**text, target_features=targets)
+
+
 def test_noise_is_on_what_is_read_not_on_the_targets(model, batch):
     torch.manual_seed(0)
     noisy = model.model(**batch, feature_noise=0.5)

@@ -47,6 +47,14 @@ class ModelLossArguments(ProjectorArguments):
             "each channel. Targets stay clean, so the model learns to write on after its own errors."
         },
     )
+    own_feature_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the steps in which the images to be written are read as the model writes them, not as "
+            "they are (scheduled sampling, arXiv 1506.03099), so that it learns to write on after its own errors. "
+            "Costs a pass without gradient for each finer scale. For image_decoding='next_scale' with regression."
+        },
+    )
     packing: bool = field(
         default=False,
         metadata={

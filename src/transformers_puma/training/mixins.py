@@ -1,5 +1,7 @@
 """What PUMA's trainers share, on top of `transformers.Trainer` and of its subclasses in TRL."""
 
+import random
+
 import torch
 from transformers import PreTrainedModel
 
@@ -70,6 +72,15 @@ class ModelLossMixin(PumaTrainerMixin):
             raise ValueError("the loss is the model's own: label_smoothing_factor and compute_loss_func have no part")
         # The two counts make the loss of each micro-batch its share of the global batch: nothing more to divide by.
         self.model_accepts_loss_kwargs = True
+        config = self._puma_model().config
+        share, ways = self.args.own_feature_share, (config.image_decoding, config.image_head)
+        if not 0 <= share <= 1:
+            raise ValueError(f"own_feature_share={share} must be from 0 to 1")
+        if share and ways != ("next_scale", "regression"):
+            raise ValueError(
+                f"own_feature_share={share} is for image_decoding='next_scale' with image_head='regression', but the "
+                f"model has {ways[0]!r} with {ways[1]!r}"
+            )
         self._parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # of training, of evaluation
 
     def train(self, *args, **kwargs):
@@ -101,9 +112,11 @@ class ModelLossMixin(PumaTrainerMixin):
             counts = {"num_text_items": num_items_in_batch[0], "num_image_items": num_items_in_batch[1]}
         noise = self.args.feature_noise if model.training else 0.0
         inputs = {"skip_logits": not return_outputs, **inputs}
+        num_tokens = self._supervised_per_scale(inputs)
+        if model.training and self._reads_own_features():
+            inputs |= self._own_features(model, inputs, num_tokens)
         outputs = model(**inputs, **counts, feature_noise=noise, use_cache=False)
 
-        num_tokens = self._supervised_per_scale(inputs)
         losses = torch.stack([outputs.text_loss, outputs.image_loss]).detach().float()
         if model.training:  # means over batches, as `loss` is logged
             if counts:
@@ -117,6 +130,33 @@ class ModelLossMixin(PumaTrainerMixin):
         # Data parallelism averages gradients over processes; the shares of the global batch are to be summed.
         loss = outputs.loss * (self.accelerator.num_processes if counts else 1)
         return (loss, outputs) if return_outputs else loss
+
+    def _reads_own_features(self) -> bool:
+        """Whether this step is one of `own_feature_share`: the same in all processes, and when training resumes."""
+        step = random.Random(f"{self.args.seed} {self.state.global_step}")
+        return step.random() < self.args.own_feature_share
+
+    @torch.no_grad()
+    def _own_features(self, model, inputs: dict, num_tokens: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """What replaces the images of a batch: those to be written as the model writes them, and targets as they are.
+
+        A scale is written from the one before, so each pass makes one more scale what generation would.
+
+        Args:
+            num_tokens: (num_scales,) supervised in this batch.
+        """
+        # Sharded training waits for ever if one process runs the model more often than another.
+        scales = int((self.accelerator.reduce(num_tokens, reduction="sum") > 0).sum())
+        replaced = {}
+        for _ in range(scales - 1):
+            outputs = model(**{**inputs, **replaced}, use_cache=False)
+            if outputs.predicted_features is not None:
+                replaced = {
+                    "pixel_values": None,
+                    "image_features": outputs.predicted_features,
+                    "target_features": replaced.get("target_features", outputs.image_features),
+                }
+        return replaced
 
     def _averaged_parts(self, training: bool) -> dict[str, float]:
         """Parts of the loss over all processes since the last call."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from transformers_puma import flatten_scales
 from transformers_puma.training import PumaDataCollator, PumaTrainer, PumaTrainingArguments, standardize_feature_heads
 
 from ..conftest import make_model, make_picture
@@ -15,7 +16,7 @@ def rows():
     return [row for pair in zip(drawn, read, strict=True) for row in pair]
 
 
-def make_trainer(processor, rows, folder, **kwargs):
+def make_trainer(processor, rows, folder, model=None, **kwargs):
     defaults = dict(
         output_dir=str(folder),
         max_steps=4,
@@ -28,9 +29,23 @@ def make_trainer(processor, rows, folder, **kwargs):
         disable_tqdm=True,
         max_grad_norm=0.0,
     )
-    model = make_model(processor)
+    model = model or make_model(processor)
     arguments = PumaTrainingArguments(**{**defaults, **kwargs})
     return PumaTrainer(model, arguments, processing_class=processor, train_dataset=rows)
+
+
+def read_by_the_model(trainer):
+    """What the model is fed of images, call by call of its forward in training."""
+    calls = []
+    forward = trainer.model.forward
+
+    def spy(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        calls.append((kwargs, outputs))
+        return outputs
+
+    trainer.model.forward = spy
+    return calls
 
 
 def history(trainer, key="loss"):
@@ -93,6 +108,89 @@ def test_a_resumed_run_equals_an_unbroken_one(processor, rows, tmp_path):
     assert history(resumed)[3:] == history(unbroken)[3:]
     for ours, theirs in zip(resumed.model.parameters(), unbroken.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+NEXT_SCALE = dict(image_decoding="next_scale")
+
+
+@pytest.mark.parametrize("source", ["images", "image_features"])
+def test_own_features_are_what_generation_writes(processor, rows, tmp_path, source):
+    """The last pass reads what `generate_image_features` gives for each prompt, and its loss is against the truth."""
+    model = make_model(processor, **NEXT_SCALE)
+    prompts = [f"{'long ' * i}picture {i}" for i in range(4)]
+    true = model.get_image_features(
+        processor.image_processor([rows[2 * i]["images"][0] for i in range(4)], return_tensors="pt")["pixel_values"]
+    ).last_hidden_state
+    given = [{"images": rows[2 * i]["images"]} if source == "images" else {source: [true[i]]} for i in range(4)]
+    drawn = [
+        {"prompt": prompt, "completion": "<image>", **image} for prompt, image in zip(prompts, given, strict=True)
+    ]
+    options = dict(own_feature_share=1.0, max_steps=1, per_device_train_batch_size=4)
+    trainer = make_trainer(processor, drawn, tmp_path, model=model, **options)
+    calls = read_by_the_model(trainer)
+    trainer.get_train_dataloader = lambda: [trainer.data_collator(drawn)]
+    expected = flatten_scales(model.generate_image_features(**processor.prepare_generation(prompts, None)))
+    trainer.train()
+    (_, first), (_, second), (kwargs, outputs) = calls
+    assert first.loss.requires_grad == second.loss.requires_grad != outputs.loss.requires_grad
+    # All but the finest scale, which nothing reads.
+    torch.testing.assert_close(kwargs["image_features"][:, :5], expected[:, :5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs.predicted_features, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kwargs["target_features"], true)
+    weights = torch.tensor(model.config.scale_loss_weights).repeat_interleave(torch.tensor([16, 4, 1])).flip(0)
+    plain = (weights * (expected - true).square().mean(-1)).mean()
+    assert outputs.image_loss.item() == pytest.approx(plain.item(), rel=1e-3)
+
+
+def test_pictures_that_are_read_stay_as_they_are(processor, rows, tmp_path):
+    picture, drawn = rows[0]["images"][0], rows[2]["images"][0]
+    edits = [{"prompt": "<image>other", "completion": "<image>", "images": [picture, drawn]}] * 2
+    options = dict(own_feature_share=1.0, max_steps=1)
+    trainer = make_trainer(processor, edits, tmp_path, model=make_model(processor, **NEXT_SCALE), **options)
+    calls = read_by_the_model(trainer)
+    trainer.train()
+    read, true = calls[-1][0]["image_features"], calls[0][1].image_features
+    assert torch.equal(read[::2], true[::2]) and not (read[1::2] == true[1::2]).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
+def test_with_own_features_all_is_trained(processor, rows, tmp_path, options):
+    """The passes without gradient must not leave weights behind, in the number format of autocast, that have none."""
+    model = make_model(processor, **NEXT_SCALE)
+    trainer = make_trainer(processor, rows, tmp_path, model=model, own_feature_share=1.0, **options)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        assert (not torch.equal(parameter, before[name])) != ("vision_tower" in name), name
+
+
+def test_the_share_of_own_features_is_of_steps_and_resumes(processor, rows, tmp_path):
+    options = dict(own_feature_share=0.5, max_steps=12, save_strategy="steps", save_steps=6)
+
+    def passes(resume):
+        trainer = make_trainer(processor, rows[::2], tmp_path, model=make_model(processor, **NEXT_SCALE), **options)
+        calls = read_by_the_model(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return [outputs.loss.requires_grad for _, outputs in calls], history(trainer)
+
+    whole, losses = passes(None)
+    resumed, again = passes(str(tmp_path / "checkpoint-6"))
+    assert sum(whole) == 12 and 0 < whole.count(False) < 24 and whole.count(False) % 2 == 0
+    assert resumed == whole[-len(resumed) :] and losses == again
+
+
+@pytest.mark.parametrize(
+    ("share", "settings", "message"),
+    [
+        (1.5, NEXT_SCALE, "own_feature_share=1.5 must be from 0 to 1"),
+        (0.5, {}, "the model has 'autoregressive' with 'regression'"),
+        (0.5, {"image_decoding": "prefilled"}, "the model has 'prefilled'"),
+        (0.5, {**NEXT_SCALE, "image_head": "flow"}, "with 'flow'"),
+    ],
+)
+def test_own_features_where_they_cannot_be(processor, rows, tmp_path, share, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(processor, rows, tmp_path, model=make_model(processor, **settings), own_feature_share=share)
 
 
 def test_a_checkpoint_is_a_model_folder(processor, rows, tmp_path):
