@@ -47,20 +47,3 @@ def _count(num_items: torch.Tensor | int | None, counted: torch.Tensor) -> torch
     if num_items is None:
         return counted.clamp(min=1)
     return torch.as_tensor(num_items, device=counted.device).clamp(min=1)
-
-
-def regression_targets(
-    target_features: torch.Tensor | None, image_features: torch.Tensor | None
-) -> torch.Tensor | None:
-    """(n, S, C) what features are to be: `target_features` where they are given, else the images themselves.
-
-    Raises:
-        ValueError: targets of another shape than the images, or of no images.
-    """
-    if target_features is None:
-        return image_features
-    shape = image_features.shape if image_features is not None else None
-    if target_features.shape != shape:
-        images = "there are no images" if shape is None else f"the images are of {tuple(shape)}"
-        raise ValueError(f"target_features has shape {tuple(target_features.shape)}, but {images}")
-    return target_features

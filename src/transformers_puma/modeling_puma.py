@@ -24,7 +24,7 @@ from .granularity import flatten_scales, multigranular_features, scale_of_positi
 from .image_decoding_puma import parent_of_position
 from .image_head_puma import PumaFlowHead, PumaRegressionHead
 from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
-from .loss_puma import image_loss, regression_targets, squared_error, text_loss
+from .loss_puma import image_loss, squared_error, text_loss
 from .outputs_puma import PumaCausalLMOutputWithPast, PumaModelOutputWithPast
 
 
@@ -188,6 +188,7 @@ class PumaModel(PumaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         image_loss_mask: torch.Tensor | None = None,
+        read_features: torch.Tensor | None = None,
         feature_noise: float = 0.0,
         attention_blocks: torch.Tensor | None = None,
         run_image_modules: bool = False,
@@ -202,6 +203,7 @@ class PumaModel(PumaPreTrainedModel):
             image_features: (n, S, C) encoder features, coarsest first, in place of `pixel_values`.
             image_loss_mask: (n,) bool, images that the model writes (or wrote): they are fed as
                 `config.image_decoding` says, and `input_scales` does not hide anything of them.
+            read_features: (n, S, C), read in place of the images' own features, which stay regression targets.
             feature_noise: standard deviation of noise on the features that are read, in units of each channel's own
                 over the batch, drawn up to this for each image; regression targets stay clean.
             attention_blocks: (B, T) long, with `inputs_embeds` only: positions of equal numbers from 0 see each other
@@ -212,7 +214,8 @@ class PumaModel(PumaPreTrainedModel):
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; images without `input_ids` or from more
                 than one source; if any are given, a number of images that differs from the runs of placeholders or
-                from `image_loss_mask`; an attention implementation that cannot do what `image_decoding` needs.
+                from `image_loss_mask`; `read_features` without images; an attention implementation that cannot do what
+                `image_decoding` needs.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -223,6 +226,8 @@ class PumaModel(PumaPreTrainedModel):
             raise ValueError("images must come from one of pixel_values, image_features and mm_encoder_outputs")
         if sources and inputs_embeds is not None:
             raise ValueError("images are placed by their placeholders in input_ids, but only inputs_embeds was given")
+        if read_features is not None and not sources:
+            raise ValueError("read_features are read in place of images, but no images are given")
         if encoded is not None and encoded.last_hidden_state is None:
             raise ValueError("mm_encoder_outputs has no last_hidden_state: expected what get_image_features returns")
 
@@ -233,8 +238,9 @@ class PumaModel(PumaPreTrainedModel):
 
         positions = None
         if image_features is not None:
-            states = encoded.pooler_output if encoded is not None else None
-            inputs_embeds, positions = self.embed(input_ids, image_features, image_loss_mask, feature_noise, states)
+            states = encoded.pooler_output if encoded is not None and read_features is None else None
+            read = image_features if read_features is None else read_features
+            inputs_embeds, positions = self.embed(input_ids, read, image_loss_mask, feature_noise, states)
             if self.config.image_decoding == "next_scale":
                 attention_blocks = positions.scale_blocks(self.config.tokens_per_scale)
         elif input_ids is not None:
@@ -244,12 +250,7 @@ class PumaModel(PumaPreTrainedModel):
 
         if attention_blocks is not None:
             attention_mask = blockwise_causal_mask(
-                self.language_model.config,
-                inputs_embeds,
-                attention_mask,
-                cache,
-                position_ids,
-                attention_blocks,
+                self.language_model.config, inputs_embeds, attention_mask, cache, position_ids, attention_blocks
             )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -360,7 +361,6 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         num_text_items: torch.Tensor | int | None = None,
         num_image_items: torch.Tensor | int | None = None,
         image_features: torch.Tensor | None = None,
-        target_features: torch.Tensor | None = None,
         feature_noise: float = 0.0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -372,7 +372,6 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         Args:
             labels: (B, T) supervised text tokens, -100 elsewhere. Without labels nothing is supervised.
             image_loss_mask: (n,) bool, images that are regression targets; without it none is.
-            target_features: (n, S, C) regression targets, where they are not the images that are read.
             num_text_items, num_image_items: supervised text and image tokens of the global batch, the two
                 denominators of the loss; by default those of this batch.
             logits_to_keep: logits for the last that many positions only, or for the positions in a tensor; 0 for all.
@@ -412,8 +411,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             else:
                 text_logits = self.lm_head(hidden_states[:, :-1][supervised])
             result.text_loss = text_loss(text_logits, labels[:, 1:][supervised], num_text_items)
-            targets = regression_targets(target_features, outputs.image_features)
-            self._add_image_loss(result, outputs, targets, image_loss_mask, num_image_items)
+            self._add_image_loss(result, outputs, image_loss_mask, num_image_items)
             weights = self.config.text_loss_weight, self.config.image_loss_weight
             result.loss = weights[0] * result.text_loss + weights[1] * result.image_loss
         return result
@@ -422,7 +420,6 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         self,
         result: PumaCausalLMOutputWithPast,
         outputs: PumaModelOutputWithPast,
-        targets: torch.Tensor | None,
         image_loss_mask: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
     ) -> None:
@@ -438,7 +435,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             is_shifted = self.config.image_decoding == "autoregressive"
             states = hidden_states[:, :-1][supervised[:, 1:]] if is_shifted else hidden_states[supervised]
             places = positions.image[supervised], positions.offset[supervised]
-            scales, target = scales[places[1]], targets[places]
+            scales, target = scales[places[1]], outputs.image_features[places]
         predicted, target = self.image_head.loss_pair(states, target, scales)
         result.image_loss = image_loss(predicted, target, scales, weights, num_items)
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.transformers_puma.conftest import make_picture, make_processor
-from transformers_puma import PumaForConditionalGeneration
+from transformers_puma import PumaConfig, PumaForConditionalGeneration
 from transformers_puma.training import PumaTrainer, PumaTrainingArguments
 
 STEPS, GLOBAL_BATCH, WORLD_SIZE = 20, 4, 2
@@ -45,7 +45,9 @@ def load(folder: Path) -> PumaForConditionalGeneration:
 
 
 def make_arguments(folder: Path, num_processes: int, **options) -> PumaTrainingArguments:
+    is_next_scale = PumaConfig.from_pretrained(folder.parent / "start").image_decoding == "next_scale"
     defaults = dict(
+        own_feature_share=0.5 if is_next_scale else 0.0,
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=GLOBAL_BATCH // num_processes,
@@ -106,6 +108,7 @@ def fsdp2(folder: Path) -> None:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        trainer.state.global_step += 1
         history.append({"loss": trainer.accelerator.reduce(loss.detach(), "mean").item()})
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if trainer.is_world_process_zero():

@@ -240,24 +240,26 @@ def test_positions():
     assert positions.offset[positions.mask].tolist() == [0, 1, 0, 1, 0, 1]
 
 
-def test_targets_that_are_not_what_is_read(processor, batch):
-    """The loss is of the same predictions against other features; only supervised ones are predicted."""
+def test_what_is_read_is_not_what_is_learnt(processor, batch):
+    """With `read_features` the sequence is that of other images, and the targets are the images' own."""
     model = make_model(processor)
     written = torch.tensor([False, True, True])
     batch = {**batch, "labels": text_labels(processor, batch), "image_loss_mask": written}
     plain = model(**batch)
-    targets = torch.randn_like(plain.image_features)
-    other = model(**batch, target_features=targets)
-    torch.testing.assert_close(other.predicted_features, plain.predicted_features)
     assert torch.equal(plain.predicted_features[~written], plain.image_features[~written])
+    others = torch.randn_like(plain.image_features)
+    found = model(**batch, read_features=others)
+    expected = model(**{**batch, "pixel_values": None}, image_features=others)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.image_features, plain.image_features)
+    torch.testing.assert_close(found.predicted_features[written], expected.predicted_features[written])
     weights = torch.tensor(model.config.scale_loss_weights).repeat_interleave(torch.tensor([16, 4, 1])).flip(0)
-    error = (plain.predicted_features - targets)[written].square().mean(-1)
-    torch.testing.assert_close(other.image_loss, (weights * error).mean())
-    with pytest.raises(ValueError, match=r"target_features has shape \(1, 21, 32\), but the images are of \(\d, 21"):
-        model(**batch, target_features=targets[:1])
-    text = {key: batch[key][:1, :3] for key in ("input_ids", "labels")}
-    with pytest.raises(ValueError, match="but there are no images"):
-        model(**text, target_features=targets)
+    error = (found.predicted_features - plain.image_features)[written].square().mean(-1)
+    torch.testing.assert_close(found.image_loss, (weights * error).mean())
+    with pytest.raises(ValueError, match="the text holds 3 images, but 1 were given"):
+        model(**batch, read_features=others[:1])
+    with pytest.raises(ValueError, match="no images are given"):
+        model(input_ids=batch["input_ids"][:1, :3], read_features=others)
 
 
 def test_noise_is_on_what_is_read_not_on_the_targets(model, batch):

@@ -114,7 +114,7 @@ class ModelLossMixin(PumaTrainerMixin):
         inputs = {"skip_logits": not return_outputs, **inputs}
         num_tokens = self._supervised_per_scale(inputs)
         if model.training and self._reads_own_features():
-            inputs |= self._own_features(model, inputs, num_tokens)
+            inputs["read_features"] = self._own_features(model, inputs, num_tokens)
         outputs = model(**inputs, **counts, feature_noise=noise, use_cache=False)
 
         losses = torch.stack([outputs.text_loss, outputs.image_loss]).detach().float()
@@ -137,8 +137,8 @@ class ModelLossMixin(PumaTrainerMixin):
         return step.random() < self.args.own_feature_share
 
     @torch.no_grad()
-    def _own_features(self, model, inputs: dict, num_tokens: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """What replaces the images of a batch: those to be written as the model writes them, and targets as they are.
+    def _own_features(self, model, inputs: dict, num_tokens: torch.Tensor) -> torch.Tensor | None:
+        """(n, S, C) the images of a batch, those to be written as the model writes them; None without images.
 
         A scale is written from the one before, so each pass makes one more scale what generation would.
 
@@ -146,17 +146,11 @@ class ModelLossMixin(PumaTrainerMixin):
             num_tokens: (num_scales,) supervised in this batch.
         """
         # Sharded training waits for ever if one process runs the model more often than another.
-        scales = int((self.accelerator.reduce(num_tokens, reduction="sum") > 0).sum())
-        replaced = {}
-        for _ in range(scales - 1):
-            outputs = model(**{**inputs, **replaced}, use_cache=False)
-            if outputs.predicted_features is not None:
-                replaced = {
-                    "pixel_values": None,
-                    "image_features": outputs.predicted_features,
-                    "target_features": replaced.get("target_features", outputs.image_features),
-                }
-        return replaced
+        num_scales = int((self.accelerator.reduce(num_tokens, reduction="sum") > 0).sum())
+        features = None
+        for _ in range(num_scales - 1):
+            features = model(**inputs, read_features=features, use_cache=False).predicted_features
+        return features
 
     def _averaged_parts(self, training: bool) -> dict[str, float]:
         """Parts of the loss over all processes since the last call."""

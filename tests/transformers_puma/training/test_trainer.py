@@ -134,9 +134,9 @@ def test_own_features_are_what_generation_writes(processor, rows, tmp_path, sour
     (_, first), (_, second), (kwargs, outputs) = calls
     assert first.loss.requires_grad == second.loss.requires_grad != outputs.loss.requires_grad
     # All but the finest scale, which nothing reads.
-    torch.testing.assert_close(kwargs["image_features"][:, :5], expected[:, :5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kwargs["read_features"][:, :5], expected[:, :5], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs.predicted_features, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(kwargs["target_features"], true)
+    torch.testing.assert_close(outputs.image_features, true)
     weights = torch.tensor(model.config.scale_loss_weights).repeat_interleave(torch.tensor([16, 4, 1])).flip(0)
     plain = (weights * (expected - true).square().mean(-1)).mean()
     assert outputs.image_loss.item() == pytest.approx(plain.item(), rel=1e-3)
@@ -149,7 +149,7 @@ def test_pictures_that_are_read_stay_as_they_are(processor, rows, tmp_path):
     trainer = make_trainer(processor, edits, tmp_path, model=make_model(processor, **NEXT_SCALE), **options)
     calls = read_by_the_model(trainer)
     trainer.train()
-    read, true = calls[-1][0]["image_features"], calls[0][1].image_features
+    read, true = calls[-1][0]["read_features"], calls[0][1].image_features
     assert torch.equal(read[::2], true[::2]) and not (read[1::2] == true[1::2]).any()
 
 
