@@ -1,4 +1,4 @@
-"""Compose scenes, edits and conditions from the pictures of the emoji data set (about two minutes):
+"""Compose scenes, edits and conditions from the pictures of the emoji data set (two to three minutes):
 
     python examples/emoji/build_scenes.py --data data/emoji --out data/emoji-scenes
 
@@ -8,9 +8,10 @@ One row is one picture with what is in it, so that every picture is encoded once
   canny, grey, masked     the picture `origin` as edges, without colour, or with a grey square
 `origin` is a row of this split if `origin_set` is "scenes", else of the same split of the emoji data.
 
-Most scenes are scattered: objects differ in size and lie anywhere in their places, so that reading them takes looking.
-Those to be drawn from words are `centred`: their caption says all of what they show, as there is one size, one spot in
-each place and one order of alike objects. A regressed feature is the mean of all that the words leave open.
+Scattered scenes have objects of different sizes anywhere in their places, so that reading them takes looking: edits
+and conditions are made of them, and a model is asked about them. `centred` ones have one size and one spot in each
+place, so that captions say all of what they show: they are drawn from words, where what is left open becomes a blur (a
+regressed feature is the mean of all that may be there), and in training read too.
 
 Splits: train, and the two of the emoji data: `heldout_concept` shows only concepts that no training picture shows;
 `heldout_pair` shows compositions: a pair of concepts that no training scene holds together (a concept with itself is
@@ -171,8 +172,8 @@ def place(library: Library, row: int, where: str, centred: bool, rng: random.Ran
     height, width = library.cut_out(row, "").shape[:2]
     scale = (CENTRED_SIZE if centred else rng.randint(*OBJECT_SIZES)) / max(width, height)
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    x, y, *free = PLACES[where]
-    room = free[0] - width, free[1] - height
+    x, y, free_width, free_height = PLACES[where]
+    room = free_width - width, free_height - height
     shift_x, shift_y = (space // 2 if centred else rng.randint(0, space) for space in room)
     x, y = x + shift_x, y + shift_y
     return Placed(row, where, (x, y, x + width, y + height))
@@ -200,7 +201,7 @@ def draw_places(layout: str, number: int, centred: bool, rng: random.Random) -> 
     return rng.sample(CELLS, number)
 
 
-def draw_scene(library: Library, heldout: bool | None, centred: bool, rng: random.Random) -> list[Placed]:
+def draw_scene(library: Library, heldout: bool | None, rng: random.Random, centred: bool = False) -> list[Placed]:
     """A random scene; `heldout` says whether its composition is to be one of those kept from training (None: either).
 
     Raises:
@@ -270,7 +271,7 @@ def family(
     Args:
         start: the scene's row in its split.
     """
-    scene = draw_scene(library, heldout, centred, rng)
+    scene = draw_scene(library, heldout, rng, centred)
     if rng.random() < RECOLOURED_SHARE and (changed := recoloured(library, scene, rng)):
         scene = changed[0]
     style = library.texts[scene[0].row]["style"]
@@ -375,10 +376,18 @@ def load_scenes(path: str | Path) -> DatasetDict:
 
     Raises:
         FileNotFoundError: nothing is built there; the message holds the command that does it.
+        ValueError: what is there was built by an earlier version of it.
     """
     if not Path(path, "dataset_dict.json").exists():
         raise FileNotFoundError(f"no scenes at {path}; build them with: python examples/emoji/build_scenes.py")
-    return load_from_disk(str(path))
+    scenes = load_from_disk(str(path))
+    for name, split in scenes.items():
+        if split.features != FEATURES:
+            raise ValueError(
+                f"{path} has other columns in {name} ({', '.join(split.column_names)}) than scenes have today: remove "
+                "it and what was cached of it, and build them with: python examples/emoji/build_scenes.py"
+            )
+    return scenes
 
 
 def main(argv: list[str] | None = None) -> None:

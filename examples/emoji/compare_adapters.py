@@ -27,6 +27,7 @@ def adapting(task: str, arguments: argparse.Namespace) -> Stage:
     options = {
         "--warmup_steps": arguments.steps // 10,
         "--eval_on_start": True,
+        "--own_feature_share": 0.0,  # trained on what is measured, features from true ones
         "--held_out": HELD_OUT.get(task, "heldout_pair"),
         "--lora_r": arguments.rank,
     }

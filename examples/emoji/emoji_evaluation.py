@@ -9,6 +9,7 @@ writes one data set (`datasets.load_from_disk`), a pure function of the data and
   conditions   image, prompt, target, type (canny, masked, grey), split
   prompts      prompt, target, type (emoji, scene), split, style, names, concepts, boxes (of a scene's objects):
                pictures to draw from words
+Scenes that are asked about are scattered, those to be drawn are centred (see build_scenes.py).
 Names, and what is asked with names, need known concepts: those come from the split heldout_pair. What can be seen
 without knowing the concept (style, group, colour, counting, position, edits, conditions) comes from heldout_concept
 too. The questions without boxes can be asked as they are:
@@ -58,10 +59,8 @@ class HeldOut:
         (to be asked about) or `centred` (to be drawn)."""
         if which == "emoji":
             rows = [rng.choice(group) for group in self.split.groups]
-        elif which == "scattered":
-            rows = list(self.split.scattered)
         else:
-            rows = [row for row in self.split.compositions if self.split.scenes[row]["centred"]]
+            rows = list(self.split.centred if which == "centred" else self.split.scattered)
         rng.shuffle(rows)
         return [("emoji" if which == "emoji" else "scenes", row) for row in rows[:count]]
 

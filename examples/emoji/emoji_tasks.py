@@ -79,14 +79,21 @@ class EmojiSplit:
     scene_features: torch.Tensor | None = None
 
     def __post_init__(self):
+        for features, described in ((self.features, self.texts), (self.scene_features, self.scenes)):
+            if features is not None and len(features) != len(described):
+                raise ValueError(
+                    f"there are features of {len(features)} pictures, but {len(described)} pictures: remove the cache "
+                    "and make it again with cache_features.py"
+                )
         rows_of: dict[tuple[str, str], list[int]] = {}
         for row, text in enumerate(self.texts):
             rows_of.setdefault((text["base"], text["style"]), []).append(row)
         self.groups = list(rows_of.values())
         self.shown = [row for row, scene in enumerate(self.scenes) if scene["role"] in SHOWN_ROLES]
         self.compositions = [row for row in self.shown if self.is_scene(("scenes", row))]
+        self.centred = [row for row in self.compositions if self.scenes[row]["centred"]]
         self.scattered = [row for row in self.compositions if not self.scenes[row]["centred"]]
-        # From words, what they say all of: centred scenes, and emoji in another colour.
+        # Drawn from words are only pictures of which the words say all: centred scenes, and emoji in another colour.
         self.drawn = sorted(set(self.shown) - set(self.scattered))
         self.conditions = [row for row, scene in enumerate(self.scenes) if scene["role"] in CONDITIONS]
         self.edits = EmojiEdits(self.texts, self.scenes)

@@ -148,15 +148,17 @@ def scene_words(objects: list[dict], rng: random.Random | None = None) -> str:
     if len(objects) == 1:
         (thing,) = objects
         return f"{a(thing)} {where(thing['place'])}" if thing["place"] else noun(thing)
+    nouns, places = [noun(thing) for thing in objects], [thing["place"] for thing in objects]
     forms = [listed(objects)]
-    if len(objects) > len(set(map(noun, objects))):
-        forms = [counted(objects), *forms]
-    elif len(objects) == 2 and (way := relation(objects[0]["place"], objects[1]["place"])):
-        first, second = objects
-        back = relation(second["place"], first["place"])
-        forms = [f"{a(first)} {way} {a(second)}", f"{a(second)} {back} {a(first)}", *forms]
-    if READING_ORDER[len(objects)] == [thing["place"] for thing in objects]:
+    if len(set(nouns)) < len(nouns):
+        # Alike ones side by side, else the numbers leave their order open.
+        return choose([counted(objects), *forms] if nouns == sorted(nouns, key=nouns.index) else forms, rng)
+    if places == READING_ORDER[len(objects)]:
         forms.append(counted(objects))
+    # Of two halves: two quarters side by side may be the upper ones or the lower ones.
+    if len(objects) == 2 and " " not in places[0] and (way := relation(*places)):
+        first, second = objects
+        forms = [f"{a(first)} {way} {a(second)}", f"{a(second)} {relation(*places[::-1])} {a(first)}", *forms]
     return choose(forms, rng)
 
 

@@ -17,7 +17,7 @@ from train_language_model import COMMON, DRAWING, CachedData, load_trained, trai
 
 from transformers_puma.training import PumaTrainingArguments, puma_lora_config
 
-OWN_FEATURE_SHARE = 0.6
+OWN_FEATURES = dict(own_feature_share=0.6)
 PRESETS = {
     "cpu": dict(
         max_steps=900,
@@ -25,7 +25,7 @@ PRESETS = {
         learning_rate=8e-4,
         warmup_steps=50,
         save_steps=100,
-        own_feature_share=OWN_FEATURE_SHARE,
+        **OWN_FEATURES,
         **COMMON,
     ),
     "gpu": dict(
@@ -34,12 +34,12 @@ PRESETS = {
         learning_rate=3e-4,
         warmup_steps=500,
         save_steps=1000,
-        own_feature_share=OWN_FEATURE_SHARE,
+        **OWN_FEATURES,
         **COMMON,
     ),
 }
-# Objects of scenes take the finer scales.
-FINEST_SCALE, SCENES = (0.10, 0.30, 0.60, 0.0, 0.0), 0.6
+FINEST_SCALE = (0.10, 0.30, 0.60, 0.0, 0.0)  # objects of scenes take the finer scales
+SCENE_SHARE = 0.6
 SHARES = (0.30, 0.02, 0.12, 0.18, 0.10, 0.03, 0.12, 0.13)
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     arguments.seed += 1
     torch.manual_seed(arguments.seed)
     model, processor = load_trained(options.pretrained, input_scales=options.input_scales)
-    mix = TaskMix(tuple(options.shares), FINEST_SCALE, scenes=SCENES)
+    mix = TaskMix(tuple(options.shares), FINEST_SCALE, scenes=SCENE_SHARE)
     if options.lora_r is None:
         train(model, processor, stage, arguments, options, mix, held_out=options.held_out)
         return

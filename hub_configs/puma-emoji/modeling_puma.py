@@ -214,8 +214,8 @@ class PumaModel(PumaPreTrainedModel):
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; images without `input_ids` or from more
                 than one source; if any are given, a number of images that differs from the runs of placeholders or
-                from `image_loss_mask`; `read_features` without images; an attention implementation that cannot do what
-                `image_decoding` needs.
+                from `image_loss_mask`; `read_features` of another shape or without images; an attention implementation
+                that cannot do what `image_decoding` needs.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -240,6 +240,8 @@ class PumaModel(PumaPreTrainedModel):
         if image_features is not None:
             states = encoded.pooler_output if encoded is not None and read_features is None else None
             read = image_features if read_features is None else read_features
+            if read.shape != image_features.shape:
+                raise ValueError(f"read_features {tuple(read.shape)} must be as images {tuple(image_features.shape)}")
             inputs_embeds, positions = self.embed(input_ids, read, image_loss_mask, feature_noise, states)
             if self.config.image_decoding == "next_scale":
                 attention_blocks = positions.scale_blocks(self.config.tokens_per_scale)
@@ -411,19 +413,19 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             else:
                 text_logits = self.lm_head(hidden_states[:, :-1][supervised])
             result.text_loss = text_loss(text_logits, labels[:, 1:][supervised], num_text_items)
-            self._add_image_loss(result, outputs, image_loss_mask, num_image_items)
+            self._set_image_results(result, outputs, image_loss_mask, num_image_items)
             weights = self.config.text_loss_weight, self.config.image_loss_weight
             result.loss = weights[0] * result.text_loss + weights[1] * result.image_loss
         return result
 
-    def _add_image_loss(
+    def _set_image_results(
         self,
         result: PumaCausalLMOutputWithPast,
         outputs: PumaModelOutputWithPast,
         image_loss_mask: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
     ) -> None:
-        """Loss of the images to be written, each feature read from the state that `image_decoding` says."""
+        """Losses and predictions of the images to be written, each from the state that `image_decoding` says."""
         hidden_states, positions = outputs.last_hidden_state, outputs.image_positions
         scales = scale_of_position(self.config.tokens_per_scale).to(hidden_states.device)
         weights = torch.tensor(self.config.scale_loss_weights, dtype=torch.float32, device=hidden_states.device)

@@ -32,7 +32,8 @@ class PumaCausalLMOutputWithPast(CausalLMOutputWithPast):
         over this batch's supervised image tokens, NaN where a scale has none; detached, for logging.
     logits: (B, T, V); None where `skip_logits` was asked for.
     image_features: (n, S, C) encoder features of the images.
-    predicted_features: (n, S, C) the same, with what a regression head makes of each supervised one in its place.
+    predicted_features: (n, S, C) the same with the supervised ones replaced by what the regression head predicts,
+        detached; None without labels or images, and with a flow head.
     """
 
     text_loss: torch.Tensor | None = None

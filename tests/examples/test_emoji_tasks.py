@@ -186,32 +186,25 @@ def test_boxes_hold_the_objects_and_nothing_else_is_drawn(scenes):
 
 
 def test_a_caption_says_all_of_a_centred_scene(scenes):
-    """Same words, same boxes; and without words for a place, objects lie in reading order."""
+    """Objects by the order in which they come, as their names don't matter here: same words, same places."""
+    assert not any(scene["centred"] for scene in scenes["heldout_concept"])
+    shown = {}
     for name in ("train", "heldout_pair"):
         centred = [scene for scene in scenes[name].remove_columns("image") if scene["centred"]]
         assert centred and all(scene["role"] == "scene" for scene in centred)
-        shown = {}
         for scene in centred:
-            assert {max(t["box"][2] - t["box"][0], t["box"][3] - t["box"][1]) for t in scene["objects"]} == {28}
+            sizes = [max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in (thing["box"] for thing in scene["objects"])]
+            assert set(sizes) == {28}
+            names = list(dict.fromkeys(thing["base"] for thing in scene["objects"]))
+            objects = [
+                thing | {"name": "abcd"[names.index(thing["base"])], "adjective": thing["adjective"] and "blue"}
+                for thing in scene["objects"]
+            ]
             for number in range(8):
-                caption = words.scene_caption(scene["objects"], scene["style"], random.Random(number))
-                boxes = [(thing["base"], thing["box"]) for thing in scene["objects"]]
-                assert shown.setdefault(caption, boxes) == boxes
-    assert not any(scene["centred"] for scene in scenes["heldout_concept"])
-
-
-def test_objects_are_counted_where_no_place_need_be_named():
-    def thing(name, place):
-        return {"name": name, "adjective": "", "place": place}
-
-    def said(*objects):
-        return {words.scene_words(list(objects), random.Random(seed)) for seed in range(40)}
-
-    assert "a cat and a dog" in said(thing("cat", "left"), thing("dog", "right"))
-    assert "a cat and a dog" not in said(thing("cat", "top"), thing("dog", "bottom"))
-    three = [thing("cat", "top left"), thing("cat", "top right"), thing("dog", "bottom left")]
-    assert words.scene_words(three) == "two cats and a dog"
-    assert words.scene_words([thing("cat", "top right"), thing("dog", "bottom left")]).startswith("a cat at the")
+                caption = words.scene_words(objects, random.Random(number))
+                places = [(thing["name"], thing["adjective"], thing["place"]) for thing in objects]
+                assert shown.setdefault(caption, places) == places
+    assert len(shown) > 20
 
 
 def test_training_scenes_hold_no_composition_that_is_held_out(scenes):
@@ -244,12 +237,21 @@ def test_too_little_to_compose_and_a_bad_share_are_errors(data, capsys):
     emoji = load_emoji(data)["heldout_pair"]
     library = build_scenes.Library(to_uint8(emoji), emoji.remove_columns("image").to_list()[:1])
     with pytest.raises(ValueError, match="no scene with heldout=.*1 pictures are too few"):
-        build_scenes.draw_scene(library, not is_heldout(["ball 0", "ball 0"]), False, random.Random(0))
+        build_scenes.draw_scene(library, not is_heldout(["ball 0", "ball 0"]), random.Random(0))
     with pytest.raises(SystemExit):
         build_scenes.main(["--share", "0"])
     assert "--share is 0.0" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="build_scenes.py"):
         load_scenes("no/such/folder")
+
+
+def test_scenes_and_features_of_an_earlier_version_are_errors(scenes, tmp_path):
+    DatasetDict({name: part.remove_columns("centred") for name, part in scenes.items()}).save_to_disk(tmp_path / "old")
+    with pytest.raises(ValueError, match="other columns in train .*build_scenes.py"):
+        load_scenes(tmp_path / "old")
+    composed = scenes["train"].remove_columns("image").to_list()
+    with pytest.raises(ValueError, match=f"features of 3 pictures, but {len(composed)} pictures"):
+        EmojiSplit([], composed, scene_features=torch.zeros(3, 256, 2))
 
 
 # Words
@@ -273,7 +275,10 @@ def thing(name, place="left", adjective=""):
         ([thing("cat", "top"), thing("house", "bottom")], "a cat above a house"),
         ([thing("apple", place) for place in ("top left", "top right", "bottom left")], "three apples"),
         ([thing("owl", "top left"), thing("dna", "bottom right")], "an owl at the top left and dna at the bottom right"),  # noqa: E501
-        ([thing("cat", "top left"), thing("dog", "top right"), thing("cat", "bottom left")], "two cats and a dog"),
+        ([thing("cat", "top left"), thing("cat", "top right"), thing("dog", "bottom left")], "two cats and a dog"),
+        ([thing("cat", "top left"), thing("dog", "top right"), thing("cat", "bottom left")],
+         "a cat at the top left, a dog at the top right and a cat at the bottom left"),
+        ([thing("cat", "top left"), thing("dog", "top right")], "a cat at the top left and a dog at the top right"),
         ([thing("grapes")], "grapes on the left"),
         ([thing("clown face", "", "green")], "green clown face"),
     ],
@@ -289,6 +294,15 @@ def test_the_plain_words_of_a_scene(objects, expected):
 )  # fmt: skip
 def test_plurals(name, expected):
     assert words.plural(name) == expected
+
+
+def test_objects_are_counted_where_no_place_need_be_named():
+    def said(*objects):
+        return {words.scene_words(list(objects), random.Random(seed)) for seed in range(40)}
+
+    assert "a cat and a dog" in said(thing("cat", "left"), thing("dog", "right"))
+    assert "a cat and a dog" not in said(thing("cat", "top"), thing("dog", "bottom"))
+    assert "a cat and a dog" not in said(thing("cat", "top left"), thing("dog", "top right"))
 
 
 def test_instructions_mean_one_object():

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from transformers_puma import PumaForConditionalGeneration, flatten_scales, multigranular_features
+from transformers_puma.granularity import scale_of_position
 from transformers_puma.modeling_puma import ImagePositions
 
 from .conftest import IMAGE_LENGTH, LAYERS, NUM_SCALES, make_model, make_picture
@@ -253,10 +254,10 @@ def test_what_is_read_is_not_what_is_learnt(processor, batch):
     torch.testing.assert_close(found.logits, expected.logits)
     torch.testing.assert_close(found.image_features, plain.image_features)
     torch.testing.assert_close(found.predicted_features[written], expected.predicted_features[written])
-    weights = torch.tensor(model.config.scale_loss_weights).repeat_interleave(torch.tensor([16, 4, 1])).flip(0)
+    weights = torch.tensor(model.config.scale_loss_weights)[scale_of_position(model.config.tokens_per_scale)]
     error = (found.predicted_features - plain.image_features)[written].square().mean(-1)
     torch.testing.assert_close(found.image_loss, (weights * error).mean())
-    with pytest.raises(ValueError, match="the text holds 3 images, but 1 were given"):
+    with pytest.raises(ValueError, match=r"read_features \(1, 21, 32\) must be as images \(3, 21, 32\)"):
         model(**batch, read_features=others[:1])
     with pytest.raises(ValueError, match="no images are given"):
         model(input_ids=batch["input_ids"][:1, :3], read_features=others)

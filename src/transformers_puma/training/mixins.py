@@ -61,9 +61,10 @@ class ModelLossMixin(PumaTrainerMixin):
     accumulation and data parallelism change nothing but rounding (and random draws, if there is `feature_noise` or a
     flow head: the random state of a process is its own, and `transformers` seeds all alike).
 
-    Logged beside `loss` are `text_loss` and `image_loss`, and `mse_scale_i`, the unweighted squared error over all
-    supervised tokens of scale i since the last time. Evaluations give the same with the prefix of the metrics, all of
-    them, and `loss`, over the supervised tokens of the whole data set.
+    Logged, over steps with own features and without, beside `loss` are `text_loss` and `image_loss`, and
+    `mse_scale_i`, the unweighted squared error over all supervised tokens of scale i since the last time. Evaluations
+    give the same with the prefix of the metrics, all of them, and `loss`, over the supervised tokens of the whole data
+    set, from true features.
     """
 
     def __init__(self, *args, **kwargs):
@@ -79,7 +80,7 @@ class ModelLossMixin(PumaTrainerMixin):
         if share and ways != ("next_scale", "regression"):
             raise ValueError(
                 f"own_feature_share={share} is for image_decoding='next_scale' with image_head='regression', but the "
-                f"model has {ways[0]!r} with {ways[1]!r}"
+                f"model has {ways[0]!r} with {ways[1]!r}: expected 0"
             )
         self._parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # of training, of evaluation
 
@@ -138,9 +139,10 @@ class ModelLossMixin(PumaTrainerMixin):
 
     @torch.no_grad()
     def _own_features(self, model, inputs: dict, num_tokens: torch.Tensor) -> torch.Tensor | None:
-        """(n, S, C) the images of a batch, those to be written as the model writes them; None without images.
+        """(n, S, C) the images of a batch, those to be written as the model writes them; None where nothing is.
 
-        A scale is written from the one before, so each pass makes one more scale what generation would.
+        A scale is written from the one before, so each pass makes one more scale of the first written image of a row
+        what generation would; a later one of the row is written from images that were on their way.
 
         Args:
             num_tokens: (num_scales,) supervised in this batch.

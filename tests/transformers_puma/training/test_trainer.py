@@ -3,9 +3,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from transformers_puma import flatten_scales
+from transformers_puma.granularity import scale_of_position
 from transformers_puma.training import PumaDataCollator, PumaTrainer, PumaTrainingArguments, standardize_feature_heads
 
 from ..conftest import make_model, make_picture
+
+NEXT_SCALE = dict(image_decoding="next_scale")
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +55,26 @@ def history(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+@pytest.mark.parametrize("own_feature_share", [0.0, 0.5])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (2, 4), (1, 8)])
-def test_accumulation_changes_nothing(processor, rows, tmp_path, batch_size, accumulation):
+def test_accumulation_changes_nothing(processor, rows, tmp_path, batch_size, accumulation, own_feature_share):
     """Rows with text or pictures alone fall into different micro-batches; both means are over the whole batch."""
-    whole = make_trainer(processor, rows, tmp_path, per_device_train_batch_size=8)
-    whole.train()
-    parts = make_trainer(
-        processor, rows, tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
-    )
-    parts.train()
+    decoding = NEXT_SCALE if own_feature_share else {}
+
+    def trained(batch_size, accumulation):
+        trainer = make_trainer(
+            processor,
+            rows,
+            tmp_path,
+            model=make_model(processor, **decoding),
+            own_feature_share=own_feature_share,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        return trainer
+
+    whole, parts = trained(8, 1), trained(batch_size, accumulation)
     for key in ("loss", "text_loss", "image_loss"):
         assert history(parts, key) == pytest.approx(history(whole, key), rel=1e-4)
     for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
@@ -110,9 +124,6 @@ def test_a_resumed_run_equals_an_unbroken_one(processor, rows, tmp_path):
         assert torch.equal(ours, theirs)
 
 
-NEXT_SCALE = dict(image_decoding="next_scale")
-
-
 @pytest.mark.parametrize("source", ["images", "image_features"])
 def test_own_features_are_what_generation_writes(processor, rows, tmp_path, source):
     """The last pass reads what `generate_image_features` gives for each prompt, and its loss is against the truth."""
@@ -131,13 +142,13 @@ def test_own_features_are_what_generation_writes(processor, rows, tmp_path, sour
     trainer.get_train_dataloader = lambda: [trainer.data_collator(drawn)]
     expected = flatten_scales(model.generate_image_features(**processor.prepare_generation(prompts, None)))
     trainer.train()
-    (_, first), (_, second), (kwargs, outputs) = calls
-    assert first.loss.requires_grad == second.loss.requires_grad != outputs.loss.requires_grad
+    assert [outputs.loss.requires_grad for _, outputs in calls] == [False, False, True]
+    kwargs, outputs = calls[-1]
     # All but the finest scale, which nothing reads.
     torch.testing.assert_close(kwargs["read_features"][:, :5], expected[:, :5], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs.predicted_features, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs.image_features, true)
-    weights = torch.tensor(model.config.scale_loss_weights).repeat_interleave(torch.tensor([16, 4, 1])).flip(0)
+    weights = torch.tensor(model.config.scale_loss_weights)[scale_of_position(model.config.tokens_per_scale)]
     plain = (weights * (expected - true).square().mean(-1)).mean()
     assert outputs.image_loss.item() == pytest.approx(plain.item(), rel=1e-3)
 
@@ -155,13 +166,38 @@ def test_pictures_that_are_read_stay_as_they_are(processor, rows, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
 def test_with_own_features_all_is_trained(processor, rows, tmp_path, options):
-    """The passes without gradient must not leave weights behind, in the number format of autocast, that have none."""
     model = make_model(processor, **NEXT_SCALE)
     trainer = make_trainer(processor, rows, tmp_path, model=model, own_feature_share=1.0, **options)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     trainer.train()
     for name, parameter in model.named_parameters():
         assert (not torch.equal(parameter, before[name])) != ("vision_tower" in name), name
+
+
+def test_there_are_as_many_passes_as_scales(processor, rows, tmp_path):
+    """Rows that end after a coarse scale need fewer, rows without written pictures and evaluations one."""
+    model = make_model(processor, **NEXT_SCALE)
+    trainer = make_trainer(processor, rows, tmp_path, model=model, own_feature_share=1.0)
+    calls = read_by_the_model(trainer)
+
+    def passes(rows, training=True):
+        calls.clear()
+        model.train(training)
+        trainer.compute_loss(model, trainer.data_collator(rows))
+        return len(calls)
+
+    assert [passes([{**rows[0], "finest_scale": scale}]) for scale in range(3)] == [3, 2, 1]
+    assert passes(rows[1::2]) == passes([{"text": "words"}]) == passes(rows, training=False) == 1
+    assert calls[0][0].get("read_features") is None
+
+
+def test_packing_changes_no_own_features(processor, rows, tmp_path):
+    losses = []
+    for packing in (False, True):
+        model = make_model(processor, **NEXT_SCALE).train()
+        trainer = make_trainer(processor, rows, tmp_path, model=model, own_feature_share=1.0, packing=packing)
+        losses.append(trainer.compute_loss(model, trainer.data_collator(rows)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_share_of_own_features_is_of_steps_and_resumes(processor, rows, tmp_path):
