@@ -3,8 +3,8 @@
     python examples/demo.py
 
 Writes outputs/demo.png and prints the model's answer to a question about the picture. Without `--model` the small one
-of the checkout draws; its training held back what is asked of it here: the picture's concept in every style, and each
-prompt's concept in that style.
+of the checkout draws; its training held back what is asked of it here: the picture's concept in every style, each
+prompt's concept in that style, and scenes with both things of the last one.
 """
 
 import argparse
@@ -22,7 +22,12 @@ from puma_cli.loading import load_pipeline, quiet_libraries
 from puma_cli.model_source import find_model
 from puma_cli.pictures import check_output, read_picture, write_png
 
-PROMPTS = ["tangerine in noto style", "green heart in twemoji style", "glowing star in fluent 3d style"]
+PROMPTS = [
+    "tangerine in noto style",
+    "green heart in twemoji style",
+    "glowing star in fluent 3d style",
+    "a pizza to the left of a red heart in twemoji style",
+]
 PICTURE = Path(__file__).parent / "assets" / "strawberry.png"
 QUESTION = "Which art style is this?"
 CELL = 128  # pixels
