@@ -208,8 +208,8 @@ class PumaModel(PumaPreTrainedModel):
                 over the batch, drawn up to this for each image; regression targets stay clean.
             attention_blocks: (B, T) long, with `inputs_embeds` only: positions of equal numbers from 0 see each other
                 beside what causality lets them see; -1 for none.
-            run_image_modules: for text alone too. Sharded training (FSDP, ZeRO-3) waits for ever if one process runs a
-                module that another does not.
+            run_image_modules: for text alone too, and the encoder for features. Sharded training (FSDP, ZeRO-3) waits
+                for ever if one process runs a module that another does not.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; images without `input_ids` or from more
@@ -226,8 +226,6 @@ class PumaModel(PumaPreTrainedModel):
             raise ValueError("images must come from one of pixel_values, image_features and mm_encoder_outputs")
         if sources and inputs_embeds is not None:
             raise ValueError("images are placed by their placeholders in input_ids, but only inputs_embeds was given")
-        if read_features is not None and not sources:
-            raise ValueError("read_features are read in place of images, but no images are given")
         if encoded is not None and encoded.last_hidden_state is None:
             raise ValueError("mm_encoder_outputs has no last_hidden_state: expected what get_image_features returns")
 
@@ -235,13 +233,15 @@ class PumaModel(PumaPreTrainedModel):
             image_features = flatten_scales(self.encode_image(pixel_values))
         elif encoded is not None:
             image_features = encoded.last_hidden_state
-
+        elif image_features is not None and run_image_modules:
+            self.encode_image(self._blank_pixels(image_features.device))
+        shapes = [None if features is None else tuple(features.shape) for features in (read_features, image_features)]
+        if shapes[0] not in (None, shapes[1]):
+            raise ValueError(f"read_features have shape {shapes[0]}, the images {shapes[1]}: expected the same")
         positions = None
         if image_features is not None:
             states = encoded.pooler_output if encoded is not None and read_features is None else None
             read = image_features if read_features is None else read_features
-            if read.shape != image_features.shape:
-                raise ValueError(f"read_features {tuple(read.shape)} must be as images {tuple(image_features.shape)}")
             inputs_embeds, positions = self.embed(input_ids, read, image_loss_mask, feature_noise, states)
             if self.config.image_decoding == "next_scale":
                 attention_blocks = positions.scale_blocks(self.config.tokens_per_scale)
@@ -275,12 +275,15 @@ class PumaModel(PumaPreTrainedModel):
 
         No parameter may be read before its turn either: under ZeRO-3 reading one gathers it from all processes.
         """
-        size = self.config.vision_config.image_size
-        features = flatten_scales(self.encode_image(torch.zeros(1, 3, size, size, device=device)))
+        features = flatten_scales(self.encode_image(self._blank_pixels(device)))
         states = self.read_states(features)
         if self.config.image_decoding != "autoregressive":
             states = states + self.written_states(features, slice(0, features.shape[1]))
         return states.mean()  # a sum may leave the range of fp16
+
+    def _blank_pixels(self, device: torch.device) -> torch.Tensor:
+        size = self.config.vision_config.image_size
+        return torch.zeros(1, 3, size, size, device=device)
 
     def _check_images(self, positions: ImagePositions, images: torch.Tensor) -> int:
         """How many tokens of the images (n, S, ...) there are placeholders for: those of the longest run."""
@@ -321,7 +324,8 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         # Stock text generation must not open an image that nothing would fill; `generate_interleaved` lifts this.
         self.generation_config = GenerationConfig.from_model_config(config)
-        self.generation_config.suppress_tokens = self._image_token_ids()
+        ids = config.image_start_token_id, config.image_end_token_id, config.image_token_id
+        self.generation_config.suppress_tokens = list(ids)
         self.post_init()
 
     def _make_image_head(self) -> PumaRegressionHead | PumaFlowHead:
@@ -331,9 +335,6 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             return PumaRegressionHead(hidden_size, feature_size)
         width = config.flow_width or hidden_size
         return PumaFlowHead(hidden_size, feature_size, config.num_scales, width, config.flow_num_layers)
-
-    def _image_token_ids(self) -> list[int]:
-        return [self.config.image_start_token_id, self.config.image_end_token_id, self.config.image_token_id]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

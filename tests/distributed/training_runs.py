@@ -28,9 +28,12 @@ ZERO3 = Path(__file__).parents[2] / "examples" / "accelerate" / "zero3.json"
 
 
 def make_rows() -> list[dict]:
-    """In order: of every global batch one half has pictures and the other, on another process, text alone."""
-    drawn = [{"prompt": f"picture {i}", "completion": "<image>", "images": [make_picture(i)]} for i in range(3)]
-    read = [{"prompt": "<image>", "completion": f"words {i}", "images": [make_picture(i)]} for i in range(3)]
+    """In order: of every global batch one half has pictures, or features of some, and the other, on another process,
+    text alone."""
+    features = torch.randn(21, 32, generator=torch.Generator().manual_seed(0))
+    shown = [{"images": [make_picture(0)]}, {"image_features": [features]}, {"images": [make_picture(2)]}]
+    drawn = [{"prompt": f"picture {i}", "completion": "<image>", **shown[i]} for i in range(3)]
+    read = [{"prompt": "<image>", "completion": f"words {i}", **shown[i]} for i in range(3)]
     text = [{"text": "only text " * (i + 1)} for i in range(6)]
     rows = []
     for i in range(3):

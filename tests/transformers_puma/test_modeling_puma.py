@@ -257,9 +257,9 @@ def test_what_is_read_is_not_what_is_learnt(processor, batch):
     weights = torch.tensor(model.config.scale_loss_weights)[scale_of_position(model.config.tokens_per_scale)]
     error = (found.predicted_features - plain.image_features)[written].square().mean(-1)
     torch.testing.assert_close(found.image_loss, (weights * error).mean())
-    with pytest.raises(ValueError, match=r"read_features \(1, 21, 32\) must be as images \(3, 21, 32\)"):
+    with pytest.raises(ValueError, match=r"have shape \(1, 21, 32\), the images \(3, 21, 32\): expected the same"):
         model(**batch, read_features=others[:1])
-    with pytest.raises(ValueError, match="no images are given"):
+    with pytest.raises(ValueError, match=r"have shape \(3, 21, 32\), the images None"):
         model(input_ids=batch["input_ids"][:1, :3], read_features=others)
 
 
