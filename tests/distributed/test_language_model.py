@@ -1,6 +1,7 @@
 """The language model's training on two real processes (gloo) equals that on one at the same global batch.
 
-In every step one process has rows of text alone, and the other has pictures or their features. `pytest -s` prints the table.
+In every step one process has rows of text alone, and the other has pictures or their features. `pytest -s` prints the
+table.
 """
 
 import json
