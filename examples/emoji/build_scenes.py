@@ -1,4 +1,4 @@
-"""Compose scenes, edits and conditions from the pictures of the emoji data set (two to three minutes):
+"""Compose scenes, edits and conditions from the pictures of the emoji data set (about two minutes):
 
     python examples/emoji/build_scenes.py --data data/emoji --out data/emoji-scenes
 

@@ -67,9 +67,8 @@ class HeldOut:
     def questions(self, per_type: int) -> list[dict]:
         """At most `per_type` questions of each type about emoji, and of each about scenes ("scene: TYPE")."""
         asked = []
-        for which, types in (("emoji", EMOJI_TYPES), ("scattered", SCENE_TYPES)):
+        for kind, which, types in (("emoji", "emoji", EMOJI_TYPES), ("scenes", "scattered", SCENE_TYPES)):
             for type in types:
-                kind = "emoji" if which == "emoji" else "scenes"
                 rng = random.Random(f"{self.seed} {self.name} {kind} {type}")
                 found = 0
                 for picture in self.pictures(which, len(self.composed) + len(self.emoji), rng):
@@ -82,7 +81,7 @@ class HeldOut:
                             "image": self.image(picture),
                             "question": question.question,
                             "answer": question.answer,
-                            "question_type": type if which == "emoji" else f"scene: {type}",
+                            "question_type": type if kind == "emoji" else f"scene: {type}",
                             "split": self.name,
                             "box": question.box,
                         }

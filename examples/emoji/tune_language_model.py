@@ -17,7 +17,7 @@ from train_language_model import COMMON, DRAWING, CachedData, load_trained, trai
 
 from transformers_puma.training import PumaTrainingArguments, puma_lora_config
 
-OWN_FEATURES = dict(own_feature_share=0.6)
+TUNING = COMMON | dict(own_feature_share=0.6)
 PRESETS = {
     "cpu": dict(
         max_steps=900,
@@ -25,8 +25,7 @@ PRESETS = {
         learning_rate=8e-4,
         warmup_steps=50,
         save_steps=100,
-        **OWN_FEATURES,
-        **COMMON,
+        **TUNING,
     ),
     "gpu": dict(
         max_steps=10000,
@@ -34,8 +33,7 @@ PRESETS = {
         learning_rate=3e-4,
         warmup_steps=500,
         save_steps=1000,
-        **OWN_FEATURES,
-        **COMMON,
+        **TUNING,
     ),
 }
 FINEST_SCALE = (0.10, 0.30, 0.60, 0.0, 0.0)  # objects of scenes take the finer scales
