@@ -230,13 +230,15 @@ class EmojiRows(Dataset):
         return self._album([("emoji", row) for row in rows], asked)
 
     def _find(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
-        """Scenes all of whose objects are to be named, by place or by box, in random order."""
-        rows = rng.choices(self.split.compositions, k=SCENES)
+        """Scenes all of whose objects are to be named, by place or by box, in random order. A question of yes or no
+        comes first, so that its answer is seen, not read among the names."""
+        pictures = [("scenes", row) for row in rng.choices(self.split.compositions, k=SCENES)]
         asked = []
-        for row in rows:
-            objects, ask = self.split.scenes[row]["objects"], rng.choice((at_place, in_box))
-            asked.append([ask(thing) for thing in rng.sample(objects, len(objects))])
-        return self._album([("scenes", row) for row in rows], asked)
+        for picture in pictures:
+            objects, ask = self.split.scenes[picture[1]]["objects"], rng.choice((at_place, in_box))
+            named = [ask(thing) for thing in rng.sample(objects, len(objects))]
+            asked.append([self.split.question(picture, rng, "yes/no"), *named])
+        return self._album(pictures, asked)
 
     def _album(self, pictures: list[Picture], asked: list[list[Question]]) -> tuple[list[torch.Tensor], dict]:
         finest = [self._finest(picture) for picture in pictures]
