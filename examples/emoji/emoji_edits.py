@@ -22,7 +22,6 @@ from emoji_words import (
 Picture = tuple[str, int]
 GENDER_SIGNS = {"2640", "2642"}
 GENDER_WORDS = {"female": "woman", "male": "man"}
-STYLE_WEIGHT = 3  # in a change of art style nothing stays as it is: it takes more examples than another edit
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class EmojiEdits:
 
     def draw(self, rng: random.Random, type: str | None = None) -> Edit:
         """A random edit, of a random type unless one is given."""
-        type = type or rng.choices(self.types, [STYLE_WEIGHT if t == "style" else 1 for t in self.types])[0]
+        type = type or rng.choice(self.types)
         if type in self.listed:
             return rng.choice(self.listed[type])
         make = next(make for make in self.groups if make.__name__ == f"{type}_edit")

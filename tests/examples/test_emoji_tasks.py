@@ -2,7 +2,6 @@
 
 import random
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -371,14 +370,6 @@ def test_edits_lead_from_the_source_to_the_target(split):
     rows = rows_of(split, kinds=(0, 0, 0, 1, 0, 0, 0, 0))
     for i in range(16):
         assert rows[i]["prompt"].startswith("<image>") and rows[i]["completion"] == "<image>"
-
-
-def test_changes_of_art_style_are_three_times_as_frequent_as_another_edit(split):
-    rng = random.Random(0)
-    drawn = Counter(split.edits.draw(rng).type for _ in range(1000))
-    expected = 1000 / (len(split.edits.types) + 2)
-    for type in split.edits.types:
-        assert drawn[type] == pytest.approx(expected * (3 if type == "style" else 1), rel=0.35)
 
 
 def test_a_condition_leads_to_the_picture_that_it_was_made_from(split):
