@@ -29,7 +29,7 @@ PROMPTS = [
     "a pizza to the left of a red heart in twemoji style",
 ]
 PICTURE = Path(__file__).parent / "assets" / "strawberry.png"
-QUESTION = "Which art style is this?"
+QUESTION = "Which colour is it?"
 CELL = 128  # pixels
 
 

@@ -6,8 +6,10 @@ folders and options are known to be good.
 """
 
 import argparse
+import logging
 import sys
 import warnings
+from importlib.metadata import version
 
 from . import ask, convert, demo, eval, generate, info, init, reconstruct, serve
 from .errors import UserError, one_line
@@ -34,6 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="puma", description="Pictures and answers with PUMA.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('puma-hub')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS.values():
         command.add_parser(subparsers)
@@ -52,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             # Of the libraries that commands import; what matters to a user is raised.
             warnings.simplefilter("ignore")
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             COMMANDS[args.command].run(args)
     except (ValueError, OSError) as error:
         print(f"puma: error: {one_line(error)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .granularity import tokens_per_scale
 from .image_decoding_puma import IMAGE_DECODINGS
@@ -120,14 +121,29 @@ class PumaConfig(PreTrainedConfig):
     def _validate_puma(self):
         if self.text_config.is_encoder_decoder:
             raise ValueError(f"text_config is of an encoder-decoder ({self.text_config.model_type}), not decoder-only")
+        if self.text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+            self.text_config, "is_decoder", False
+        ):
+            raise ValueError(f"text_config is of an encoder ({self.text_config.model_type}), not decoder-only")
+        if not hasattr(self.text_config, "vocab_size"):
+            raise ValueError(f"text_config is of a model without a vocabulary ({self.text_config.model_type})")
         if self.text_config.get_text_config() is not self.text_config:
             raise ValueError(
                 f"text_config is of a model of several parts ({self.text_config.model_type}): give its text part"
             )
         if self.vision_config.model_type != CLIP_L14["model_type"]:
             raise ValueError(f"vision_config is of type {self.vision_config.model_type}, not of a CLIP vision model")
-        if self.num_location_tokens < 0:
-            raise ValueError(f"num_location_tokens={self.num_location_tokens} must not be negative")
+        if not 0 <= self.num_location_tokens < self.text_config.vocab_size:
+            raise ValueError(
+                f"num_location_tokens={self.num_location_tokens} must be at least 0 and below the vocabulary of "
+                f"{self.text_config.vocab_size}"
+            )
+        weights = self.text_loss_weight, self.image_loss_weight, *self.scale_loss_weights
+        if min(weights) < 0:
+            raise ValueError(
+                f"text_loss_weight={weights[0]}, image_loss_weight={weights[1]} and scale_loss_weights="
+                f"{self.scale_loss_weights} must not be negative"
+            )
         if self.vision_config.image_size % self.vision_config.patch_size:
             raise ValueError(
                 f"vision_config: image_size={self.vision_config.image_size} is not a multiple of "

@@ -373,7 +373,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         """See `PumaModel.forward` for the sequence and its images.
 
         Args:
-            labels: (B, T) supervised text tokens, -100 elsewhere. Without labels nothing is supervised.
+            labels: (B, T) supervised text tokens, -100 or an image's id elsewhere; without them none is.
             image_loss_mask: (n,) bool, images that are regression targets; without it none is.
             num_text_items, num_image_items: supervised text and image tokens of the global batch, the two
                 denominators of the loss; by default those of this batch.
@@ -408,7 +408,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             **{CACHE: getattr(outputs, CACHE)},
         )
         if labels is not None:
-            supervised = labels[:, 1:] != -100
+            supervised = (labels[:, 1:] != -100) & (labels[:, 1:] != self.config.image_token_id)
             if logits is not None and logits.shape[1] == hidden_states.shape[1]:
                 text_logits = logits[:, :-1][supervised]
             else:
@@ -417,7 +417,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             self._set_image_results(result, outputs, image_loss_mask, num_image_items)
             weights = self.config.text_loss_weight, self.config.image_loss_weight
             result.loss = weights[0] * result.text_loss + weights[1] * result.image_loss
-        return result
+        return PumaCausalLMOutputWithPast(**result)  # in the order of its fields: the loss first
 
     def _set_image_results(
         self,

@@ -15,7 +15,7 @@ def test_one_sheet_and_an_answer(tmp_path, capsys):
     out = tmp_path / "new" / "demo.png"
     assert main(["--model", str(tmp_path / "model"), "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Which art style is this?") and lines[-1].startswith(str(out))
+    assert lines[0].startswith("Which colour is it?") and lines[-1].startswith(str(out))
     width, height = Image.open(out).size
     assert width > 6 * 128 and height > 4 * 128
 

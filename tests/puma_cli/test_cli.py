@@ -93,6 +93,10 @@ class TestStart:
                 main(["--help"])
             except SystemExit as stop:
                 assert stop.code == 0
+            try:
+                main(["--version"])
+            except SystemExit as stop:
+                assert stop.code == 0
             assert not {{"torch", "transformers", "diffusers"}} & set(sys.modules)
         """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -149,6 +149,20 @@ def test_loss_equals_the_plain_formula(model, processor, batch):
     torch.testing.assert_close(output.loss, 0.02 * text + 1.0 * image)
 
 
+def test_a_label_of_an_image_is_none(model, processor, batch):
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        given = model(**batch, labels=labels).loss
+        torch.testing.assert_close(given, model(**batch, labels=text_labels(processor, batch)).loss)
+
+
+def test_a_tuple_starts_with_the_loss(model, processor, batch):
+    labels = text_labels(processor, batch)
+    with torch.no_grad():
+        named, plain = (model(**batch, labels=labels, return_dict=value) for value in (True, False))
+    assert torch.equal(plain[0], named.loss) and torch.equal(plain[1], named.logits)
+
+
 def test_counts_are_global_denominators(model, processor, batch):
     labels, targets = text_labels(processor, batch), torch.tensor([False, True, True])
     own = model(**batch, labels=labels, image_loss_mask=targets)

@@ -14,6 +14,7 @@ from transformers import CLIPVisionModel
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from transformers_puma.training.arguments import adopt_arguments
 from transformers_puma.training.checkpoints import ResumableTrainerMixin
 
 from ..loading import fetch_lora_state_dict
@@ -72,6 +73,7 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         scale: int | None = None,
         **trainer_arguments: Any,
     ) -> None:
+        args = adopt_arguments(PumaDecoderTrainingArguments, args)
         if noise_scheduler.config.rescale_betas_zero_snr and noise_scheduler.config.prediction_type == "epsilon":
             raise ValueError("a schedule that ends at zero SNR needs prediction_type 'v_prediction', got 'epsilon'")
         if (image_encoder is None) != (vae is None):

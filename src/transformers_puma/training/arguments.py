@@ -1,8 +1,33 @@
 """What PUMA's trainers can be told beyond the arguments of their base classes."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, TypeVar
 
 from transformers import TrainingArguments
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def adopt_arguments(kind: type[Arguments], args: TrainingArguments | None) -> Arguments:
+    """Arguments of the class `kind`: `args` if they are, or those of the stock class that `kind` extends, where what
+    is at the stock default takes the default of `kind`; None for all defaults.
+
+    Raises:
+        ValueError: arguments of another trainer.
+    """
+    if args is None:
+        return kind("trainer_output")
+    if isinstance(args, kind):
+        return args
+    if not (isinstance(args, TrainingArguments) and issubclass(kind, type(args))):
+        raise ValueError(f"args must be a {kind.__name__}, got a {type(args).__name__}")
+    given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+    return kind(**{field.name: given[field.name] for field in fields(args) if _is_set(field, given)})
+
+
+def _is_set(field: Field, given: dict[str, Any]) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return field.name in given and given[field.name] != default
 
 
 @dataclass

@@ -27,7 +27,8 @@ class PumaDataCollator:
     boxes, the row then needs `image_sizes`, the (width, height) of each. A row that finishes with a picture ends after
     its scale `finest_scale`, if given: attention is causal, so the coarser scales train as in the whole row. Pictures
     that are not supervised end after the scale `finest_given_scale`, if given: a model then sees many of them for the
-    cost of a whole one. A column that is None counts as absent.
+    cost of a whole one. A column that is None counts as absent. `image`, one picture, is short for `images` of
+    one, as in TRL and in the image folders of datasets.
 
     Args:
         processor: the model's.
@@ -51,7 +52,7 @@ class PumaDataCollator:
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         # A data set of several kinds of rows has the columns of all, None where a row has nothing.
-        rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
+        rows = [with_images({key: value for key, value in row.items() if value is not None}) for row in rows]
         encoded = [self._encode(row) for row in rows]
         sequences = [(ids, self._labels(ids, supervised)) for ids, supervised, _ in encoded]
         batch = self._pack(sequences) if self.packing else self._pad(sequences)
@@ -103,7 +104,10 @@ class PumaDataCollator:
         starts = self._image_starts(ids)
         given = len(row.get("image_features", row.get("images", [])))
         if given != len(starts):
-            raise ValueError(f"the row's text holds {len(starts)} images but {given} were given: {_excerpt(row)}")
+            raise ValueError(
+                f"the row's text holds {len(starts)} images but {given} were given in 'images'; a picture's place is "
+                f"<image> in a text, {{'type': 'image'}} in the parts of a message: {_excerpt(row)}"
+            )
 
         length = min(self.max_length or len(ids), self._end_at_scale(row, starts) or len(ids))
         targets = [supervised[start] for start in starts if start < length]
@@ -158,7 +162,8 @@ class PumaDataCollator:
         if "text" in row:
             return self._encode_pair("", row["text"], boxes or [], sizes)
         if not ("prompt" in row and "completion" in row):
-            raise ValueError(f"a row needs 'messages', 'prompt' and 'completion', or 'text'; got {sorted(row)}")
+            hint = "" if row else "; a stock Trainer drops these columns without remove_unused_columns=False"
+            raise ValueError(f"a row needs 'messages', 'prompt' and 'completion', or 'text'; got {sorted(row)}{hint}")
 
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -194,6 +199,15 @@ class PumaPreferenceCollator(PumaDataCollator):
             raise ValueError("preferences are over answers in text, but one of them holds a picture")
         batch["completion_mask"] = (batch.pop("labels") != -100).long()
         return batch
+
+
+def with_images(row: Row) -> Row:
+    """The row with its pictures in `images`."""
+    if "image" not in row:
+        return row
+    if "images" in row or "image_features" in row:
+        raise ValueError(f"a row has its pictures in one column, got 'image' among {sorted(row)}")
+    return {**{key: value for key, value in row.items() if key != "image"}, "images": [row["image"]]}
 
 
 def _excerpt(row: Row) -> str:

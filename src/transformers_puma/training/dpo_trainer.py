@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 
-from .arguments import ProjectorArguments
+from .arguments import ProjectorArguments, adopt_arguments
 from .collator import PumaPreferenceCollator
 from .trl_mixin import RowsMixin, check_supported, load_model_and_processor
 
@@ -42,7 +42,7 @@ class PumaDPOConfig(ProjectorArguments, DPOConfig):
 class PumaDPOTrainer(RowsMixin, DPOTrainer):
     """Direct preference optimisation (Rafailov et al., arXiv 2305.18290) of PUMA's answers.
 
-    Takes the arguments of `trl.DPOTrainer`; `args` is a `PumaDPOConfig`. Data sets hold the rows of
+    Takes the arguments of `trl.DPOTrainer`; `args` is a `PumaDPOConfig` or a stock one. Data sets hold the rows of
     `PumaPreferenceCollator`. Only text is preferred, so the image head has no part and is frozen.
 
     Without `ref_model` the reference is the model as given: a copy, or with `peft_config` the model without its
@@ -63,9 +63,7 @@ class PumaDPOTrainer(RowsMixin, DPOTrainer):
         peft_config=None,
         **kwargs,
     ):
-        args = PumaDPOConfig("trainer_output") if args is None else copy.copy(args)
-        if not isinstance(args, PumaDPOConfig):
-            raise ValueError(f"args must be a PumaDPOConfig, got a {type(args).__name__}")
+        args = copy.copy(adopt_arguments(PumaDPOConfig, args))
         model, processing_class = load_model_and_processor(
             model, processing_class, args.model_init_kwargs, kwargs.pop("quantization_config", None)
         )

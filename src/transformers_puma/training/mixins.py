@@ -93,9 +93,11 @@ class ModelLossMixin(PumaTrainerMixin):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
         """(2,) supervised text and image tokens in all micro-batches of all processes."""
+        image_token_id = self.accelerator.unwrap_model(self.model).config.image_token_id
         counts = torch.zeros(2, dtype=torch.long, device=device)
         for batch in batch_samples:
-            counts[0] += (batch["labels"][:, 1:] != -100).sum().to(device)
+            labels = batch["labels"][:, 1:]
+            counts[0] += ((labels != -100) & (labels != image_token_id)).sum().to(device)
             counts[1] += self._supervised_per_scale(batch).sum().to(device)
         return self.accelerator.reduce(counts, reduction="sum")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from .arguments import ModelLossArguments
+from .arguments import ModelLossArguments, adopt_arguments
 from .collator import PumaDataCollator
 from .mixins import ModelLossMixin
 from .trl_mixin import RowsMixin, check_supported, load_model_and_processor
@@ -48,7 +48,7 @@ class PumaSFTConfig(ModelLossArguments, SFTConfig):
 class PumaSFTTrainer(RowsMixin, ModelLossMixin, SFTTrainer):
     """Supervised tuning of `PumaForConditionalGeneration` on texts and images, whole or with `peft_config`.
 
-    Takes the arguments of `trl.SFTTrainer`; `args` is a `PumaSFTConfig`. Data sets hold the rows of
+    Takes the arguments of `trl.SFTTrainer`; `args` is a `PumaSFTConfig` or a stock one. Data sets hold the rows of
     `PumaDataCollator`, of any kind. The stock class scores text alone and would leave the image head without gradient;
     this one minimises the loss of the model, as `PumaTrainer` does.
     """
@@ -65,9 +65,7 @@ class PumaSFTTrainer(RowsMixin, ModelLossMixin, SFTTrainer):
         processing_class=None,
         **kwargs,
     ):
-        args = PumaSFTConfig("trainer_output") if args is None else copy.copy(args)
-        if not isinstance(args, PumaSFTConfig):
-            raise ValueError(f"args must be a PumaSFTConfig, got a {type(args).__name__}")
+        args = copy.copy(adopt_arguments(PumaSFTConfig, args))
         if kwargs.get("formatting_func") is not None:
             raise ValueError("formatting_func is not supported: map the data set to rows of PumaDataCollator")
         model, processing_class = load_model_and_processor(

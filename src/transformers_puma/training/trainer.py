@@ -3,7 +3,7 @@
 from transformers import Trainer
 
 from ..processing_puma import PumaProcessor
-from .arguments import PumaTrainingArguments
+from .arguments import PumaTrainingArguments, adopt_arguments
 from .collator import PumaDataCollator
 from .mixins import ModelLossMixin
 
@@ -11,18 +11,15 @@ from .mixins import ModelLossMixin
 class PumaTrainer(ModelLossMixin, Trainer):
     """Trains `PumaForConditionalGeneration`, whole or through PEFT; the encoder is frozen (report section 3.2).
 
-    Takes the arguments of `transformers.Trainer`; `args` is a `PumaTrainingArguments` and `processing_class` the
-    model's `PumaProcessor`, from which the default `data_collator` is made. See `ModelLossMixin` for the loss and the
-    logs.
+    Takes the arguments of `transformers.Trainer`; `args` is a `PumaTrainingArguments` or a stock one, and
+    `processing_class` the model's `PumaProcessor`, from which the default `data_collator` is made. See
+    `ModelLossMixin` for the loss and the logs.
     """
 
     args: PumaTrainingArguments
 
     def __init__(self, model=None, args: PumaTrainingArguments | None = None, data_collator=None, **kwargs):
-        if args is None:
-            args = PumaTrainingArguments("trainer_output")
-        if not isinstance(args, PumaTrainingArguments):
-            raise ValueError(f"args must be a PumaTrainingArguments, got a {type(args).__name__}")
+        args = adopt_arguments(PumaTrainingArguments, args)
         if data_collator is None and not isinstance(processor := kwargs.get("processing_class"), PumaProcessor):
             raise ValueError(
                 "processing_class (the model's PumaProcessor) or a data_collator is needed, got a processing_class of "

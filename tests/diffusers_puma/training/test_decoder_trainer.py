@@ -4,8 +4,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
+import diffusers_puma
 from diffusers_puma.training import (
+    PumaDecoderTrainingArguments,
     denoising_loss,
     draw,
     feature_statistics,
@@ -105,6 +108,18 @@ def test_training_lowers_the_loss_and_saves_averaged_weights(tmp_path, num_token
     for shadow, stored in zip(run.ema.shadow_params, saved.parameters(), strict=True):
         torch.testing.assert_close(shadow, stored, rtol=0, atol=0)
     assert not torch.equal(saved.conv_in.weight, unet.conv_in.weight)
+
+
+def test_stock_arguments_are_taken_over(tmp_path):
+    given = dict(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=5)
+    stock = diffusers_puma.PumaDecoderTrainer(
+        tiny_unet(),
+        TrainingArguments(**given),
+        noise_scheduler=DDPMScheduler(**VELOCITY),
+        null_features=torch.zeros(1, 16, CHANNELS),
+        train_dataset=rows(),
+    )
+    assert stock.args.to_dict() == PumaDecoderTrainingArguments(**given).to_dict()
 
 
 def test_average_follows_its_formula(tmp_path):

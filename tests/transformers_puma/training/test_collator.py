@@ -235,6 +235,12 @@ PICTURE, FEATURES = make_picture(0), torch.zeros(IMAGE_LENGTH, 32)
     [
         ([{"prompt": "a", "completion": "<image>", "images": []}], "holds 1 images but 0"),
         ([{"text": "a", "images": [0]}], "holds 0 images but 1"),
+        (
+            [{"text": "a", "image": PICTURE}],
+            "holds 0 images but 1 were given in 'images'; a picture's place is <image>",
+        ),
+        ([{"text": "<image>", "image": PICTURE, "images": [PICTURE]}], "one column, got 'image' among"),
+        ([{}], "a stock Trainer drops these columns without remove_unused_columns=False"),
         ([{"caption": "a"}], "needs 'messages'"),
         ([{"prompt": "where is <box>?", "completion": "here"}], "holds 1 <box> but 0 boxes"),
         ([{"prompt": "<image>", "completion": "here", "images": [PICTURE], "boxes": [BOX]}], "0 <box> but 1 boxes"),
@@ -250,6 +256,13 @@ PICTURE, FEATURES = make_picture(0), torch.zeros(IMAGE_LENGTH, 32)
 def test_bad_rows(collator, rows, message):
     with pytest.raises(ValueError, match=message):
         collator(rows)
+
+
+def test_a_column_of_one_picture_is_read_too(collator, picture):
+    row = {"prompt": "a cat", "completion": "<image>"}
+    expected, batch = collator([{**row, "images": [picture]}]), collator([{**row, "image": picture}])
+    assert batch.keys() == expected.keys() and "pixel_values" in batch
+    assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
 def test_none_is_an_absent_column(collator, picture):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from datasets import IterableDataset
 from torch.nn import functional as F
+from trl import DPOConfig, SFTConfig
 
 from transformers_puma.training import PumaDPOConfig, PumaDPOTrainer, puma_lora_config, puma_token_ids
 
@@ -106,11 +107,20 @@ def test_answers_that_are_preferred_become_likelier(processor, tmp_path, peft):
     assert margins[0] == pytest.approx(0, abs=1e-5) and margins[-1] > 0.2
 
 
+def test_stock_arguments_are_taken_over(processor, tmp_path):
+    args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=0.3, max_steps=1)
+    dataset = IterableDataset.from_generator(lambda: iter(make_rows()))
+    trainer = PumaDPOTrainer(make_model(processor), args=args, processing_class=processor, train_dataset=dataset)
+    assert isinstance(trainer.args, PumaDPOConfig) and trainer.args.beta == 0.3
+    assert trainer.args.max_length is None and not trainer.args.remove_unused_columns
+
+
 def test_what_is_refused(processor, tmp_path):
     with pytest.raises(ValueError, match="does not support precompute_ref_log_probs=True"):
         PumaDPOConfig(str(tmp_path), use_cpu=True, bf16=False, precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="args must be a PumaDPOConfig"):
-        PumaDPOTrainer(make_model(processor), args=object(), processing_class=processor)
+    for args in (object(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False)):
+        with pytest.raises(ValueError, match=f"args must be a PumaDPOConfig, got a {type(args).__name__}"):
+            PumaDPOTrainer(make_model(processor), args=args, processing_class=processor)
     model = make_model(processor)
     with pytest.raises(ValueError, match="merge that adapter into the model, or make one with .*token_ids="):
         make_trainer(processor, tmp_path, model, peft_config=puma_lora_config(model, puma_token_ids(processor), r=4))

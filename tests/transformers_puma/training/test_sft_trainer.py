@@ -4,6 +4,7 @@ from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
+from trl import SFTConfig
 
 from transformers_puma.training import PumaSFTConfig, PumaSFTTrainer, PumaTrainer, PumaTrainingArguments
 
@@ -53,6 +54,15 @@ def make_trainer(processor, folder, dataset, model=None, **kwargs) -> PumaSFTTra
     return PumaSFTTrainer(
         model or make_model(processor), config, train_dataset=dataset, processing_class=processor, **kwargs
     )
+
+
+def test_stock_arguments_are_taken_over(processor, tmp_path):
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1, packing=True)
+    trainer = PumaSFTTrainer(
+        make_model(processor), args, train_dataset=stream(make_rows()), processing_class=processor
+    )
+    assert isinstance(trainer.args, PumaSFTConfig) and trainer.args.packing and trainer.args.assistant_only_loss
+    assert trainer.data_collator.packing and trainer.data_collator.max_length is None
 
 
 def history(trainer, key):

@@ -300,6 +300,21 @@ def test_a_trainer_needs_a_processor_or_a_collator(processor, tmp_path, part):
         PumaTrainer(make_model(processor), arguments, processing_class=getattr(processor, part, None))
 
 
+def test_stock_arguments_are_taken_over(processor, rows, tmp_path):
+    """What a user set is kept; what is at the stock default takes PUMA's, so rows keep their columns."""
+    given = dict(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=3, logging_steps=1, seed=7)
+    trainers = [
+        PumaTrainer(make_model(processor), kind(**given), processing_class=processor, train_dataset=rows)
+        for kind in (TrainingArguments, PumaTrainingArguments)
+    ]
+    for trainer in trainers:
+        assert isinstance(trainer.args, PumaTrainingArguments) and not trainer.args.remove_unused_columns
+        trainer.train()
+    stock, own = trainers
+    assert stock.args.to_dict() == own.args.to_dict() and stock.args.seed == 7
+    assert history(stock) == history(own) and len(history(own)) == 3
+
+
 def test_another_kind_of_model_is_refused(processor, tmp_path):
     arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="model must be a PumaForConditionalGeneration, got a LlamaModel"):
