@@ -1,7 +1,7 @@
 """What PUMA's trainers can be told beyond the arguments of their base classes."""
 
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TypeVar
 
 from transformers import TrainingArguments
 
@@ -21,13 +21,12 @@ def adopt_arguments(kind: type[Arguments], args: TrainingArguments | None) -> Ar
         return args
     if not (isinstance(args, TrainingArguments) and issubclass(kind, type(args))):
         raise ValueError(f"args must be a {kind.__name__}, got a {type(args).__name__}")
-    given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
-    return kind(**{field.name: given[field.name] for field in fields(args) if _is_set(field, given)})
-
-
-def _is_set(field: Field, given: dict[str, Any]) -> bool:
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    return field.name in given and given[field.name] != default
+    settings = {setting.name: getattr(args, setting.name) for setting in fields(args) if setting.init}
+    defaults = {
+        setting.name: setting.default if setting.default_factory is MISSING else setting.default_factory()
+        for setting in fields(args)
+    }
+    return kind(**{name: value for name, value in settings.items() if value != defaults[name]})
 
 
 @dataclass
