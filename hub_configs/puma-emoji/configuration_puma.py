@@ -133,11 +133,8 @@ class PumaConfig(PreTrainedConfig):
             )
         if self.vision_config.model_type != CLIP_L14["model_type"]:
             raise ValueError(f"vision_config is of type {self.vision_config.model_type}, not of a CLIP vision model")
-        if not 0 <= self.num_location_tokens < self.text_config.vocab_size:
-            raise ValueError(
-                f"num_location_tokens={self.num_location_tokens} must be at least 0 and below the vocabulary of "
-                f"{self.text_config.vocab_size}"
-            )
+        if self.num_location_tokens < 0:
+            raise ValueError(f"num_location_tokens={self.num_location_tokens} must not be negative")
         weights = self.text_loss_weight, self.image_loss_weight, *self.scale_loss_weights
         if min(weights) < 0:
             raise ValueError(

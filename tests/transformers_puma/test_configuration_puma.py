@@ -52,7 +52,6 @@ def test_overrides_and_edits_must_be_consistent_too(processor, tmp_path):
         ("text_loss_weight", {"text_loss_weight": -1.0}),
         ("scale_loss_weights", {"scale_loss_weights": [1, 2, -3]}),
         ("num_location_tokens", {"num_location_tokens": -1}),
-        ("num_location_tokens", {"num_location_tokens": 512}),
         ("image_decoding", {"image_decoding": "diffusion"}),
         ("image_decoding", {"image_decoding": "next_scale", "text_config": {**TEXT, "model_type": "mistral"}}),
         ("image_head", {"image_head": "linear"}),
