@@ -24,7 +24,7 @@ from .granularity import flatten_scales, multigranular_features, scale_of_positi
 from .image_decoding_puma import parent_of_position
 from .image_head_puma import PumaFlowHead, PumaRegressionHead
 from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
-from .loss_puma import image_loss, squared_error, text_loss
+from .loss_puma import image_loss, is_supervised_text, squared_error, text_loss
 from .outputs_puma import PumaCausalLMOutputWithPast, PumaModelOutputWithPast
 
 
@@ -408,7 +408,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             **{CACHE: getattr(outputs, CACHE)},
         )
         if labels is not None:
-            supervised = (labels[:, 1:] != -100) & (labels[:, 1:] != self.config.image_token_id)
+            supervised = is_supervised_text(labels, self.config.image_token_id)
             if logits is not None and logits.shape[1] == hidden_states.shape[1]:
                 text_logits = logits[:, :-1][supervised]
             else:

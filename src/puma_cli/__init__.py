@@ -34,9 +34,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+class _Version(argparse.Action):
+    """Looks the version up only where it is asked for: a source tree that is not installed has none."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_):
+        print(f"{parser.prog} {version('puma-hub')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="puma", description="Pictures and answers with PUMA.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('puma-hub')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the installed version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS.values():
         command.add_parser(subparsers)

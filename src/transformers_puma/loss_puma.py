@@ -4,6 +4,11 @@ import torch
 import torch.nn.functional as F
 
 
+def is_supervised_text(labels: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """(B, T - 1) bool: which labels (B, T) after the first are text that is learnt; an image has its own loss."""
+    return (labels[:, 1:] != -100) & (labels[:, 1:] != image_token_id)
+
+
 def text_loss(
     logits: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:

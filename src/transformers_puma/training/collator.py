@@ -51,8 +51,7 @@ class PumaDataCollator:
     assistant_only_loss: bool = True
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
-        # A data set of several kinds of rows has the columns of all, None where a row has nothing.
-        rows = [with_images({key: value for key, value in row.items() if value is not None}) for row in rows]
+        rows = [tidy_row(row) for row in rows]
         encoded = [self._encode(row) for row in rows]
         sequences = [(ids, self._labels(ids, supervised)) for ids, supervised, _ in encoded]
         batch = self._pack(sequences) if self.packing else self._pad(sequences)
@@ -201,13 +200,15 @@ class PumaPreferenceCollator(PumaDataCollator):
         return batch
 
 
-def with_images(row: Row) -> Row:
-    """The row with its pictures in `images`."""
-    if "image" not in row:
-        return row
-    if "images" in row or "image_features" in row:
-        raise ValueError(f"a row has its pictures in one column, got 'image' among {sorted(row)}")
-    return {**{key: value for key, value in row.items() if key != "image"}, "images": [row["image"]]}
+def tidy_row(row: Row) -> Row:
+    """What a row holds, its pictures in `images`."""
+    # A data set of several kinds of rows has the columns of all, None where a row has nothing.
+    row = {key: value for key, value in row.items() if value is not None}
+    if "image" in row:
+        if "images" in row or "image_features" in row:
+            raise ValueError(f"a row has its pictures in one column, got 'image' among {sorted(row)}")
+        row["images"] = [row.pop("image")]
+    return row
 
 
 def _excerpt(row: Row) -> str:

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..granularity import scale_of_position
+from ..loss_puma import is_supervised_text
 from ..modeling_puma import ImagePositions, PumaModel
 from .checkpoints import ResumableTrainerMixin
 
@@ -96,8 +97,7 @@ class ModelLossMixin(PumaTrainerMixin):
         image_token_id = self.accelerator.unwrap_model(self.model).config.image_token_id
         counts = torch.zeros(2, dtype=torch.long, device=device)
         for batch in batch_samples:
-            labels = batch["labels"][:, 1:]
-            counts[0] += ((labels != -100) & (labels != image_token_id)).sum().to(device)
+            counts[0] += is_supervised_text(batch["labels"], image_token_id).sum().to(device)
             counts[1] += self._supervised_per_scale(batch).sum().to(device)
         return self.accelerator.reduce(counts, reduction="sum")
 
