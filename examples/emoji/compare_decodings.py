@@ -33,7 +33,7 @@ from transformers_puma.evaluation.runner import versions, write_json
 
 DECODINGS = ("autoregressive", "next_scale", "prefilled")
 HEADS = ("regression", "flow")
-SHARES = (0.9, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0)  # mostly drawing, and some editing: see emoji_tasks.KINDS
+SHARES = (0.9, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0)  # mostly drawing, and some editing: see emoji_tasks.KINDS
 SPEED_STEPS = 40  # steps that tell how long one takes
 TEXT_TO_IMAGE = {
     "concept_top1": "concept, top 1",

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from emoji_tasks import KINDS
+from emoji_tasks import alone
 from train import Stage
 
 
@@ -31,5 +31,5 @@ def tuning(name: str, task: str, arguments: argparse.Namespace, more: dict[str, 
         **(more or {}),
     }
     command = [str(part) for pair in options.items() for part in pair]
-    command += ["--shares", *(str(float(kind == task)) for kind in KINDS)]
+    command += ["--shares", *map(str, alone(task))]
     return Stage(name, "tune_language_model.py", command, out)

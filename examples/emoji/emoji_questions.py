@@ -42,13 +42,20 @@ def known(type: str, question: str, answer: str) -> Question | None:
     return Question(type, question, answer) if answer else None
 
 
-def is_this(text: dict, other: dict, rng: random.Random) -> Question:
-    """About the name, the style or the colour; as often true as not, where `other` differs."""
-    key, form = rng.choice((("name", "Is this {}?"), ("style", "Is this {} style?"), ("colour", "Is it {}?")))
+CHECKED = {"name": "Is this {}?", "style": "Is this {} style?", "colour": "Is it {}?"}
+
+
+def is_that(key: str, text: dict, other: dict, rng: random.Random) -> Question | None:
+    """About one key of `CHECKED`; as often true as not, where `other` differs."""
     if not (text[key] and other[key]):
-        key, form = "style", "Is this {} style?"
+        return None
     asked = (text if rng.random() < 0.5 else other)[key]
-    return Question("yes/no", form.format(asked), yes(asked == text[key]))
+    return Question("yes/no", CHECKED[key].format(asked), yes(asked == text[key]))
+
+
+def is_this(text: dict, other: dict, rng: random.Random) -> Question:
+    """About the name, the style or the colour."""
+    return is_that(rng.choice(list(CHECKED)), text, other, rng) or is_that("style", text, other, rng)
 
 
 # Each gives None where its question has no answer for a picture.
@@ -101,24 +108,34 @@ def position(scene: dict, other: dict, rng: random.Random) -> Question | None:
     return at_place(thing)
 
 
-def scene_yes_no(scene: dict, other: dict, rng: random.Random) -> Question | None:
-    """Whether something is there, or lies as said; true half of the time."""
-    objects = scene["objects"]
-    things = single_things(objects)
-    if len(things) > 1 and rng.random() < 0.5:
-        first, second = rng.sample(things, 2)
-        way = relation(first["place"], second["place"])
-        if way:
-            back = relation(second["place"], first["place"])
-            shown = rng.random() < 0.5
-            asked = f"Is the {noun(first)} {way if shown else back} the {noun(second)}?"
-            return Question("yes/no", asked, yes(shown))
-    names = {thing["name"] for thing in objects}
+def lies_as_said(scene: dict, rng: random.Random) -> Question | None:
+    """Whether one object lies on that side of another; true half of the time."""
+    things = single_things(scene["objects"])
+    if len(things) < 2:
+        return None
+    first, second = rng.sample(things, 2)
+    way = relation(first["place"], second["place"])
+    if not way:
+        return None
+    back = relation(second["place"], first["place"])
+    shown = rng.random() < 0.5
+    return Question("yes/no", f"Is the {noun(first)} {way if shown else back} the {noun(second)}?", yes(shown))
+
+
+def is_there(scene: dict, other: dict, rng: random.Random) -> Question:
+    """Whether a thing is there; true half of the time, where `other` has things that are not."""
+    names = {thing["name"] for thing in scene["objects"]}
     absent = [thing["name"] for thing in other["objects"] if thing["name"] not in names]
     shown = rng.random() < 0.5 or not absent
     name = rng.choice(sorted(names) if shown else absent)
     verb = "Are" if is_plural(name) else "Is"
     return Question("yes/no", f"{verb} there {with_article(name, name)}?", yes(shown))
+
+
+def scene_yes_no(scene: dict, other: dict, rng: random.Random) -> Question:
+    """Whether something is there, or lies as said."""
+    asked = lies_as_said(scene, rng) if len(single_things(scene["objects"])) > 1 and rng.random() < 0.5 else None
+    return asked or is_there(scene, other, rng)
 
 
 def scene_colour(scene: dict, other: dict, rng: random.Random) -> Question | None:

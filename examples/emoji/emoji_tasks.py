@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from build_dataset import SIZE
 from emoji_edits import EmojiEdits, Picture
 from emoji_pictures import HUES
-from emoji_questions import BOX, EMOJI_TYPES, SCENE_TYPES, Question, at_place, in_box
+from emoji_questions import (
+    BOX,
+    CHECKED,
+    EMOJI_TYPES,
+    SCENE_TYPES,
+    Question,
+    at_place,
+    in_box,
+    is_that,
+    is_there,
+    lies_as_said,
+)
 from emoji_sets import TONES
 from emoji_words import (
     COLOUR_EDITS,
@@ -37,11 +48,16 @@ from torch.utils.data import Dataset
 from transformers_puma import flatten_scales, multigranular_features
 from transformers_puma.processing_puma import CHAT_TEMPLATE
 
-KINDS = ("draw", "describe", "ask", "edit", "condition", "copy", "name", "find")
+KINDS = ("draw", "describe", "ask", "edit", "condition", "copy", "name", "find", "check")
 PATCHWORKS = (1, 2, 4, 8)  # cells along a side of the grid of a picture that is to be copied
 # Emoji or scenes that are asked about one after the other, and the finest scale read of each.
 ALBUM, SCENES, ALBUM_SCALE = 12, 6, 2
 SHOWN_ROLES = ("scene", "removed", "recoloured")  # what may be drawn from words and described
+
+
+def alone(kind: str) -> tuple[float, ...]:
+    """Shares of the kinds where all batches are of this one."""
+    return tuple(float(name == kind) for name in KINDS)
 
 
 @dataclass
@@ -128,6 +144,17 @@ class EmojiSplit:
             text = text | {"colour": self.scenes[row]["objects"][0]["colour"]}
         return EMOJI_TYPES[type](text, self.texts[self.draw_emoji(rng)], rng)
 
+    def checks(self, picture: Picture, rng: random.Random) -> list[Question]:
+        """Questions of yes or no about an emoji or a scene, of which none tells the answer of a later one."""
+        which, row = picture
+        if which == "emoji":
+            text, other = self.texts[row], self.texts[self.draw_emoji(rng)]
+            asked = [is_that(key, text, other, rng) for key in rng.sample(list(CHECKED), len(CHECKED))]
+        else:
+            scene, others = self.scenes[row], rng.sample(self.shown, 2)
+            asked = [is_there(scene, self.scenes[other], rng) for other in others] + [lies_as_said(scene, rng)]
+        return list(filter(None, asked))
+
     def questions(self, picture: Picture, rng: random.Random, count: int) -> list[Question]:
         """Up to `count` questions about a picture, of different types in random order."""
         types = list(SCENE_TYPES if self.is_scene(picture) else EMOJI_TYPES)
@@ -188,6 +215,7 @@ class EmojiRows(Dataset):
             "condition": (shares["condition"], split.conditions),
             "edit": (shares["edit"], split.edits.types),
             "find": (shares["find"], split.compositions),
+            "check": (self.mix.scenes * shares["check"], split.compositions),
         }
         for name, (share, there) in needed.items():
             if share and not there:
@@ -203,7 +231,7 @@ class EmojiRows(Dataset):
         scales = self.mix.finest_scale_edits if from_picture else self.mix.finest_scale
         finest_scale = batch_rng.choices(range(len(scales)), scales)[0]
         rng = random.Random(f"{self.seed} row {index}")
-        made = {"copy": self._copy, "name": self._name, "find": self._find}
+        made = {"copy": self._copy, "name": self._name, "find": self._find, "check": self._check}
         if kind in made:
             finest, row = made[kind](rng)
         else:
@@ -239,6 +267,12 @@ class EmojiRows(Dataset):
             named = [ask(thing) for thing in rng.sample(objects, len(objects))]
             asked.append([self.split.question(picture, rng, "yes/no"), *named])
         return self._album(pictures, asked)
+
+    def _check(self, rng: random.Random) -> tuple[list[torch.Tensor], dict]:
+        """Emoji and scenes, each with several questions of yes or no: it takes many to learn to compare what is read
+        with what is asked."""
+        pictures = [self._any_picture(rng, self.split.compositions) for _ in range(ALBUM)]
+        return self._album(pictures, [self.split.checks(picture, rng) for picture in pictures])
 
     def _album(self, pictures: list[Picture], asked: list[list[Question]]) -> tuple[list[torch.Tensor], dict]:
         finest = [self._finest(picture) for picture in pictures]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from emoji_tasks import KINDS, TaskMix
+from emoji_tasks import TaskMix, alone
 from emoji_training import parse_arguments
 from train_language_model import COMMON, CachedData, load_trained, train
 
@@ -23,7 +23,7 @@ PRESETS = {
         max_steps=1000, per_device_train_batch_size=128, learning_rate=1e-3, warmup_steps=100, save_steps=500, **COMMON
     ),
 }
-COPYING = TaskMix(tuple(float(kind == "copy") for kind in KINDS))
+COPYING = TaskMix(alone("copy"))
 
 
 @dataclass

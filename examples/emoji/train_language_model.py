@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from build_scenes import load_scenes
 from cache_features import load_cache
-from emoji_tasks import KINDS, EmojiRows, EmojiSplit, TaskMix, all_texts
+from emoji_tasks import KINDS, EmojiRows, EmojiSplit, TaskMix, all_texts, alone
 from emoji_training import StageArguments, count_parameters, load_pictures, parse_arguments, run_stage
 from muon import MuonWithAdamW, check_unused
 from peft import PeftModel
@@ -46,7 +46,7 @@ PRESETS = {
 }
 # Rows that hold a whole picture to be read cost ten times what the first scales of a drawn one do: they come with the
 # tuning, all tasks at once.
-SHARES = tuple(float(kind == "draw") for kind in KINDS)
+SHARES = alone("draw")
 # What a run is evaluated on: pictures down to the finest scale.
 DRAWING = TaskMix(
     kinds=SHARES,

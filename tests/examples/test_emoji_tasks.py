@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ import emoji_words as words  # noqa: E402
 from build_dataset import FEATURES, load_emoji, to_uint8  # noqa: E402
 from build_scenes import is_heldout, load_scenes  # noqa: E402
 from emoji_edits import genderless, hairless  # noqa: E402
-from emoji_questions import EMOJI_TYPES, SCENE_TYPES  # noqa: E402
-from emoji_tasks import EmojiRows, EmojiSplit, TaskMix, all_texts, conversation  # noqa: E402
+from emoji_questions import CHECKED, EMOJI_TYPES, SCENE_TYPES  # noqa: E402
+from emoji_tasks import EmojiRows, EmojiSplit, TaskMix, all_texts, alone, conversation  # noqa: E402
 from emoji_training import EmojiPictures  # noqa: E402
 
 from transformers_puma.evaluation.question_table import QuestionTable  # noqa: E402
@@ -105,7 +106,7 @@ def split(data, scenes) -> EmojiSplit:
     return EmojiSplit(EmojiPictures(emoji).described(), composed, numbers[0], 1000 + numbers[1])
 
 
-def rows_of(split: EmojiSplit, length: int = 64, kinds=(0.35, 0.1, 0.2, 0.1, 0.1, *(0.05,) * 3), **mix) -> EmojiRows:
+def rows_of(split: EmojiSplit, length: int = 64, kinds=(0.3, 0.1, 0.2, 0.1, 0.1, *(0.05,) * 4), **mix) -> EmojiRows:
     return EmojiRows(split, num_scales=5, batch_size=8, length=length, seed=0, mix=TaskMix(kinds, **mix))
 
 
@@ -334,7 +335,7 @@ def test_rows_depend_on_seed_and_number_alone(split):
 
 def test_rows_of_a_batch_are_of_one_kind_and_end_at_one_scale(split):
     scales = (0.2, 0.4, 0.4, 0, 0)
-    rows = rows_of(split, length=480, kinds=(1,) * 8, finest_scale=scales, finest_scale_edits=(0, 0.5, 0.5, 0, 0))
+    rows = rows_of(split, length=480, kinds=(1,) * 9, finest_scale=scales, finest_scale_edits=(0, 0.5, 0.5, 0, 0))
     kinds = set()
     for start in range(0, 480, 8):
         batch = [rows[i] for i in range(start, start + 8)]
@@ -344,6 +345,7 @@ def test_rows_of_a_batch_are_of_one_kind_and_end_at_one_scale(split):
         }
         assert len(form) == 1
         kinds |= form
+    # Three scales of drawing, describing, asking, two scales from pictures; naming and checking look alike, finding.
     assert len(kinds) == 3 + 1 + 1 + 2 + 1 + 1
 
 
@@ -367,13 +369,13 @@ def test_edits_lead_from_the_source_to_the_target(split):
                     assert len(fewer) == len(more) and any(t["adjective"] in instruction for t in more)
                 else:
                     assert len(more) - len(fewer) == {"add": 1, "remove": -1}[type]
-    rows = rows_of(split, kinds=(0, 0, 0, 1, 0, 0, 0, 0))
+    rows = rows_of(split, kinds=alone("edit"))
     for i in range(16):
         assert rows[i]["prompt"].startswith("<image>") and rows[i]["completion"] == "<image>"
 
 
 def test_a_condition_leads_to_the_picture_that_it_was_made_from(split):
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 1, 0, 0, 0))
+    rows = rows_of(split, kinds=alone("condition"))
     prompts = []
     for i in range(32):
         source, target = pictures_of(rows[i])
@@ -384,7 +386,7 @@ def test_a_condition_leads_to_the_picture_that_it_was_made_from(split):
 
 
 def test_an_album_is_to_be_named(split):
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 0, 1, 0))
+    rows = rows_of(split, kinds=alone("name"))
     for i in range(8):
         pictures, turns = pictures_of(rows[i]), rows[i]["messages"]
         assert rows[i]["finest_given_scale"] == 2 and len(pictures) == 12 == len(turns) / 2
@@ -395,7 +397,7 @@ def test_an_album_is_to_be_named(split):
 
 
 def test_all_objects_of_scenes_are_to_be_named_by_place_or_by_box(split):
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 0, 0, 1))
+    rows = rows_of(split, kinds=alone("find"))
     seen = set()
     for i in range(8):
         pictures, turns = pictures_of(rows[i]), iter(rows[i]["messages"])
@@ -424,9 +426,40 @@ def test_all_objects_of_scenes_are_to_be_named_by_place_or_by_box(split):
     assert {"What is in <box>?", "What is on the left?", "What is at the top left?"} <= seen
 
 
+def is_true(split: EmojiSplit, picture: tuple[str, int], question: str) -> bool:
+    """Whether what a question of yes or no asks about holds, told from its words."""
+    which, number = picture
+    if which == "emoji":
+        return question in {form.format(split.texts[number][key]) for key, form in CHECKED.items()}
+    objects = split.scenes[number]["objects"]
+    if "there" in question:
+        return any(words.with_article(thing["name"], thing["name"]) in question for thing in objects)
+    [first] = [t for t in objects if question.split(" the ", 1)[1].startswith(f"{words.noun(t)} ")]
+    [second] = [t for t in objects if question.endswith(f" the {words.noun(t)}?")]
+    return f" {words.relation(first['place'], second['place'])} " in question
+
+
+def test_several_things_are_to_be_checked_about_each_picture(split):
+    rows = rows_of(split, kinds=alone("check"))
+    said, openings = Counter(), Counter()
+    for i in range(64):
+        pictures, turns = iter(pictures_of(rows[i])), rows[i]["messages"]
+        assert rows[i]["finest_given_scale"] == 2 and len(rows[i]["image_features"]) == 12
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            if question["content"][0]["type"] == "image":
+                picture = next(pictures)
+            text, answer = question["content"][-1]["text"], answer["content"][0]["text"]
+            assert answer == ("yes" if is_true(split, picture, text) else "no")
+            said[answer] += 1
+            openings[picture[0], " ".join(text.split()[:2])] += 1
+        assert not list(pictures)
+    assert {("emoji", "Is this"), ("emoji", "Is it"), ("scenes", "Is there"), ("scenes", "Is the")} <= set(openings)
+    assert 0.4 < said["yes"] / said.total() < 0.7
+
+
 def test_a_patchwork_is_to_be_copied(split):
     """Its cells are of up to four pictures, whose numbers the features hold."""
-    rows = rows_of(split, kinds=(0, 0, 0, 0, 0, 1, 0, 0))
+    rows = rows_of(split, kinds=alone("copy"))
     sizes = set()
     for i in range(32):
         source, target = rows[i]["image_features"]
@@ -495,12 +528,15 @@ def test_questions_about_one_picture_are_of_different_types(split):
 
 def test_a_mix_that_the_split_cannot_serve_is_an_error(split):
     bare = EmojiSplit(split.texts[:1], [], split.features[:1])
+    recoloured = EmojiSplit(split.texts, [scene for scene in split.scenes if scene["origin_set"] == "emoji"])
     with pytest.raises(ValueError, match="share of 0.5 for scenes"):
-        rows_of(bare, kinds=(1, *(0,) * 7), scenes=0.5)
-    with pytest.raises(ValueError, match="share of 1 for condition"):
-        rows_of(bare, kinds=(0, 0, 0, 0, 1, 0, 0, 0), scenes=0)
-    with pytest.raises(ValueError, match="share of 1 for find"):
-        rows_of(bare, kinds=(*(0,) * 7, 1), scenes=0)
+        rows_of(bare, kinds=alone("draw"), scenes=0.5)
+    with pytest.raises(ValueError, match="share of 1.0 for condition"):
+        rows_of(bare, kinds=alone("condition"), scenes=0)
+    with pytest.raises(ValueError, match="share of 1.0 for find"):
+        rows_of(bare, kinds=alone("find"), scenes=0)
+    with pytest.raises(ValueError, match="share of 0.5 for check"):
+        rows_of(recoloured, kinds=alone("check"), scenes=0.5)
     with pytest.raises(ValueError, match="must hold a share for each of"):
         rows_of(split, kinds=(1, 0, 0, 0))
 
