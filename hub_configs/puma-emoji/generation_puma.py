@@ -116,7 +116,7 @@ class PumaGenerationMixin(GenerationMixin):
                 noise[:, written] if noise is not None else None,
                 self.config.flow_num_steps,
             )
-            features = torch.cat([features, new], dim=1)
+            features = torch.cat([features, new.to(features.device)], dim=1)
             past, inputs_embeds = length, inputs_embeds[:, :0]
             blocks = blocks[:, :0] if blocks is not None else None
             if callback is not None:
@@ -258,12 +258,10 @@ class PumaGenerationMixin(GenerationMixin):
 
     def _write(self, rows: list["_Row"], generate_kwargs: dict):
         """Text for each row, until it ends, opens an image or has used up its budget."""
-        if (config := generate_kwargs.get("generation_config")) is not None:  # keywords win, as in `generate`
-            ends = {name: getattr(config, name) for name in ("eos_token_id", "suppress_tokens")}
-            generate_kwargs = {name: value for name, value in ends.items() if value is not None} | generate_kwargs
-        eos = generate_kwargs.get("eos_token_id", self.generation_config.eos_token_id)
+        eos = self._setting("eos_token_id", generate_kwargs)
         stops = [*(eos if isinstance(eos, list) else [] if eos is None else [eos]), self.config.image_start_token_id]
-        own = [self.config.image_token_id, self.config.image_end_token_id]
+        own = {self.config.image_token_id, self.config.image_end_token_id}
+        forbidden = own.union(self._setting("suppress_tokens", generate_kwargs) or [])
         inputs = self._batch(rows)
         sequences = self.generate(
             **inputs,
@@ -274,7 +272,7 @@ class PumaGenerationMixin(GenerationMixin):
                 "max_new_tokens": max(row.budget for row in rows),
                 "eos_token_id": stops,
                 "pad_token_id": self._pad_id(),
-                "suppress_tokens": [*(generate_kwargs.get("suppress_tokens") or []), *own],
+                "suppress_tokens": sorted(forbidden - {self.config.image_start_token_id}),  # here it may open an image
                 "return_dict_in_generate": False,
             },
         )
@@ -291,6 +289,13 @@ class PumaGenerationMixin(GenerationMixin):
                 row.segments.append(text)
             if not is_drawing:
                 row.budget = 0
+
+    def _setting(self, name: str, generate_kwargs: dict):
+        """As `generate` takes it: keywords win, then the config that is given, then the model's own."""
+        if name in generate_kwargs:
+            return generate_kwargs[name]
+        given = getattr(generate_kwargs.get("generation_config"), name, None)
+        return getattr(self.generation_config, name) if given is None else given
 
     def _batch(self, rows: list["_Row"]) -> dict[str, torch.Tensor]:
         """The rows so far as one left-padded batch, with the images in them."""
@@ -355,8 +360,7 @@ class PumaGenerationMixin(GenerationMixin):
 
     def _image_counts(self, input_ids: torch.LongTensor) -> list[int]:
         """How many images each row holds."""
-        positions = ImagePositions.find(input_ids, self.config.image_token_id)
-        return (positions.mask & (positions.offset == 0)).sum(dim=1).tolist()
+        return ImagePositions.find(input_ids, self.config.image_token_id).counts()
 
 
 def _split(generator: torch.Generator | None, device: torch.device) -> torch.Generator:

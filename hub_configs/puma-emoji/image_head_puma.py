@@ -18,7 +18,8 @@ class PumaRegressionHead(nn.Linear):
         self, states: torch.Tensor, features: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is predicted and what it should be, (n, C) each, for states (n, H) of tokens at `scales` (n,)."""
-        return self(states), features
+        predicted = self(states)
+        return predicted, features.to(predicted.device)
 
     def predict(
         self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | None, num_steps: int
@@ -69,6 +70,7 @@ class PumaFlowHead(nn.Module):
         self, states: torch.Tensor, features: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted and true velocity, (n, C) each, at random times; from the global random state."""
+        features, scales = features.to(self.std.device), scales.to(self.std.device)
         target = (features.float() - self.mean[scales]) / self.std[scales]
         noise, time = torch.randn_like(target), torch.rand(len(target), device=target.device)
         velocity = self(torch.lerp(noise, target, time[:, None]), time, states)
@@ -76,6 +78,7 @@ class PumaFlowHead(nn.Module):
 
     def predict(self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor, num_steps: int) -> torch.Tensor:
         """Features (B, m, C) from states (B, m, H) and unit noise (B, m, C), by `num_steps` Euler steps."""
+        states, scales, noise = (given.to(self.std.device) for given in (states, scales, noise))
         sample, projected = noise, self._project(states)
         for times in self._embed(torch.arange(num_steps, device=noise.device) / num_steps):
             sample = sample + self._velocity(sample, times, projected).float() / num_steps

@@ -41,11 +41,18 @@ class ImagePositions:
         offset = positions - torch.where(first, positions, 0).cummax(dim=1).values
         return cls(mask, image, offset)
 
+    def to(self, device: torch.device) -> "ImagePositions":
+        return ImagePositions(self.mask.to(device), self.image.to(device), self.offset.to(device))
+
     def of_images(self, flags: torch.Tensor | None) -> torch.Tensor:
         """(B, T) bool: positions of the images whose flag (n,) is set; none without flags."""
         if flags is None or not len(flags):
             return torch.zeros_like(self.mask)
         return self.mask & flags.to(self.mask.device, torch.bool)[self.image.clamp(min=0)]
+
+    def counts(self) -> list[int]:
+        """How many images each row holds."""
+        return (self.mask & (self.offset == 0)).sum(dim=1).tolist()
 
     def scale_blocks(self, tokens_per_scale: Sequence[int]) -> torch.Tensor:
         """(B, T) long: one number for each scale of each image, -1 at text."""

@@ -311,7 +311,7 @@ class PumaProcessor(ProcessorMixin):
         """Inputs of `generate` for plain-text questions, each about its pictures, in the chat format; left-padded.
 
         Args:
-            boxes: for each question the boxes that its `<box>` marks stand for, in pixels of its first picture; a
+            boxes: for each question the boxes that its `<box>` marks stand for, in pixels of its last picture; a
                 question without boxes (None) has no marks.
 
         Raises:
@@ -414,12 +414,13 @@ class PumaProcessor(ProcessorMixin):
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
         """As in transformers, but locations stay, for `parse_boxes`."""
-        ids = torch.as_tensor(generated_outputs)
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in generated_outputs]
+        is_one = bool(rows) and isinstance(rows[0], int)
+        rows = [rows] if is_one else rows
         locations = {self.tokenizer.convert_tokens_to_ids(location_token(i)) for i in range(self.num_location_tokens)}
         dropped = self._special_tokens().keys() - locations if skip_special_tokens else ()
-        rows = [[i for i in row if i not in dropped] for row in torch.atleast_2d(ids).tolist()]
-        texts = [self.tokenizer.decode(row, **kwargs) for row in rows]
-        return texts if ids.ndim > 1 else texts[0]
+        texts = [self.tokenizer.decode([i for i in row if i not in dropped], **kwargs) for row in rows]
+        return texts[0] if is_one else texts
 
 
 def _marks(messages: list[dict]) -> list[str]:
@@ -443,8 +444,6 @@ def _check_batch(texts: list[str], others: Sequence, name: str, other_name: str 
 
 def _nested_images(images) -> list[list]:
     """Pictures per text; a flat list counts as one picture for each text."""
-    if isinstance(images, (list, tuple)) and images and not isinstance(images[0], (list, tuple)):
-        return [[image] for image in images]
-    if isinstance(images, (list, tuple)):
-        return [list(group) for group in images]
-    return make_nested_list_of_images(images)
+    if not isinstance(images, (list, tuple)):
+        return make_nested_list_of_images(images)
+    return [list(group) if isinstance(group, (list, tuple)) else [group] for group in images]

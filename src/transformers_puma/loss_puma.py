@@ -19,7 +19,7 @@ def text_loss(
         targets: (n,) token ids.
         num_items: supervised tokens of the global batch; by default n.
     """
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
     return total / _count(num_items, torch.tensor(len(targets), device=total.device))
 
 

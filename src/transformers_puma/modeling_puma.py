@@ -336,9 +336,6 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         width = config.flow_width or hidden_size
         return PumaFlowHead(hidden_size, feature_size, config.num_scales, width, config.flow_num_layers)
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
     def encode_image(self, pixel_values: torch.Tensor) -> dict[int, torch.Tensor]:
         """(n, 3, height, width) -> `{scale: (n, k_scale, C)}`, see `PumaModel.encode_image`."""
         return self.model.encode_image(pixel_values)
@@ -408,15 +405,15 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             **{CACHE: getattr(outputs, CACHE)},
         )
         if labels is not None:
+            has_all = logits is not None and logits.shape[1] == hidden_states.shape[1]
+            states = logits if has_all else hidden_states
+            labels = labels.to(states.device)
             supervised = is_supervised_text(labels, self.config.image_token_id)
-            if logits is not None and logits.shape[1] == hidden_states.shape[1]:
-                text_logits = logits[:, :-1][supervised]
-            else:
-                text_logits = self.lm_head(hidden_states[:, :-1][supervised])
+            text_logits = states[:, :-1][supervised] if has_all else self.lm_head(states[:, :-1][supervised])
             result.text_loss = text_loss(text_logits, labels[:, 1:][supervised], num_text_items)
             self._set_image_results(result, outputs, image_loss_mask, num_image_items)
             weights = self.config.text_loss_weight, self.config.image_loss_weight
-            result.loss = weights[0] * result.text_loss + weights[1] * result.image_loss
+            result.loss = weights[0] * result.text_loss + weights[1] * result.image_loss.to(result.text_loss.device)
         return PumaCausalLMOutputWithPast(**result)  # in the order of its fields: the loss first
 
     def _set_image_results(
@@ -427,24 +424,26 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         num_items: torch.Tensor | int | None,
     ) -> None:
         """Losses and predictions of the images to be written, each from the state that `image_decoding` says."""
-        hidden_states, positions = outputs.last_hidden_state, outputs.image_positions
-        scales = scale_of_position(self.config.tokens_per_scale).to(hidden_states.device)
-        weights = torch.tensor(self.config.scale_loss_weights, dtype=torch.float32, device=hidden_states.device)
-        if positions is None:
+        hidden_states = outputs.last_hidden_state
+        device = hidden_states.device
+        scales = scale_of_position(self.config.tokens_per_scale).to(device)
+        weights = torch.tensor(self.config.scale_loss_weights, dtype=torch.float32, device=device)
+        if outputs.image_positions is None:
             states, scales = hidden_states[0, :0], scales[:0]
             target = states.new_zeros(0, self.config.vision_config.hidden_size)
         else:
+            positions, features = outputs.image_positions.to(device), outputs.image_features.to(device)
             supervised = positions.of_images(image_loss_mask)
             is_shifted = self.config.image_decoding == "autoregressive"
             states = hidden_states[:, :-1][supervised[:, 1:]] if is_shifted else hidden_states[supervised]
             places = positions.image[supervised], positions.offset[supervised]
-            scales, target = scales[places[1]], outputs.image_features[places]
-        predicted, target = self.image_head.loss_pair(states, target, scales)
+            scales, target = scales[places[1]], features[places]
+        predicted, target = (pair.to(device) for pair in self.image_head.loss_pair(states, target, scales))
         result.image_loss = image_loss(predicted, target, scales, weights, num_items)
 
         predicted = predicted.detach()
-        if positions is not None and self.config.image_head == "regression":
-            result.predicted_features = outputs.image_features.index_put(places, predicted.to(outputs.image_features))
+        if outputs.image_positions is not None and self.config.image_head == "regression":
+            result.predicted_features = features.index_put(places, predicted.to(features))
         error = squared_error(predicted, target)
         per_scale = torch.zeros_like(weights).index_add(0, scales, error)
         result.scale_losses = per_scale / torch.bincount(scales, minlength=len(weights))

@@ -1,6 +1,8 @@
+import copy
+
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from transformers_puma import flatten_scales
@@ -252,6 +254,48 @@ def test_interleaved_generation_takes_ends_and_forbidden_tokens(model, processor
         config = GenerationConfig(**given, do_sample=False)
         [[found]] = model.generate_interleaved(**inputs, max_new_tokens=3, generation_config=config).segments
         assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_interleaved_generation_draws_with_the_models_own_config(model, processor):
+    """Which keeps stock generation from opening an image."""
+    inputs = processor(text="ab", return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": 60}
+    expected = model.generate_interleaved(**inputs, **options)
+    config = copy.deepcopy(model.generation_config)
+    config.update(**options)
+    assert processor.image_start_token_id in config.suppress_tokens and len(expected.segments[0]) > 1
+    found = model.generate_interleaved(**inputs, generation_config=config)
+    assert torch.equal(found.sequences, expected.sequences)
+
+    forbidden = expected.segments[0][0][0].item()
+    model = copy.deepcopy(model)
+    model.generation_config.suppress_tokens.append(forbidden)
+    assert forbidden not in model.generate_interleaved(**inputs, **options).sequences.tolist()[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a model spread over two GPUs needs two")
+@pytest.mark.parametrize("image_head", ["regression", "flow"])
+def test_a_model_spread_over_two_gpus(processor, picture, image_head):
+    model = make_model(processor, image_head=image_head)
+    inputs = processor(text="<image>a<image>", images=[[picture, picture]], return_tensors="pt")
+    inputs |= {"labels": inputs["input_ids"], "image_loss_mask": torch.tensor([False, True])}
+    prompt = processor.prepare_generation(["a"])
+
+    def run(device: str):
+        torch.manual_seed(0)
+        noise = torch.Generator().manual_seed(0)
+        features = model.generate_image_features(**prompt.to(device), scale=1, generator=noise)
+        outputs = model(**{name: value.to(device) for name, value in inputs.items()})
+        return outputs.text_loss, outputs.logits, features[1]
+
+    expected = run("cpu")
+    first = {"model.vision_tower", "model.projector", "model.language_model.embed_tokens"}
+    first |= {"model.language_model.rotary_emb", "model.language_model.layers.0"}
+    last = {"model.language_model.layers.1", "model.language_model.norm", "image_head", "lm_head"}
+    model = dispatch_model(model, dict.fromkeys(first, 0) | dict.fromkeys(last, 1))
+    for ours, theirs in zip(run("cuda:0"), expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_prompt_whose_pictures_are_missing(model, processor, picture):

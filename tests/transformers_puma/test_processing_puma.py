@@ -139,6 +139,9 @@ def test_answers_keep_location_tokens(processor):
     assert processor.decode_answers(torch.cat([torch.zeros(1, 4).long(), ids], 1), 4) == ["a <loc_3><loc_4>"]
     assert processor.post_process_image_text_to_text(ids) == ["a <loc_3><loc_4>"]
     assert processor.post_process_image_text_to_text(ids[0].numpy()) == "a <loc_3><loc_4>"
+    for rows in ([ids[0], ids[0, 1:]], [ids[0].tolist(), ids[0, 1:].tolist()]):  # trimmed one by one
+        assert processor.post_process_image_text_to_text(rows) == ["a <loc_3><loc_4>", " <loc_3><loc_4>"]
+    assert processor.post_process_image_text_to_text(ids[0].tolist()) == "a <loc_3><loc_4>"
     whole = processor.post_process_image_text_to_text(ids, skip_special_tokens=False)
     assert whole == ["a <loc_3><loc_4></s><pad>"]
 
@@ -244,6 +247,18 @@ def test_a_picture_may_be_a_path(processor, picture, tmp_path):
     read = processor(images=str(tmp_path / "picture.png"), text=text, boxes=boxes)
     assert read["input_ids"] == expected["input_ids"]
     assert torch.equal(torch.as_tensor(read["pixel_values"][0]), torch.as_tensor(expected["pixel_values"][0]))
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (9, 90, 200, 60)), ("I;16", 30000), ("P", 3)])
+def test_a_file_is_read_as_the_picture_in_it_is(processor, mode, colour, tmp_path):
+    """Transparent parts white, and 16-bit grey not clipped, from either."""
+    picture = Image.new(mode, (40, 30), colour)
+    if mode == "P":
+        picture.info["transparency"] = 3
+    picture.save(tmp_path / "picture.png")
+    file = tmp_path / "picture.png"
+    read = [processor(images=given, text="<image>", return_tensors="np") for given in (Image.open(file), str(file))]
+    assert np.array_equal(read[0]["pixel_values"], read[1]["pixel_values"])
 
 
 def test_without_location_tokens(picture):

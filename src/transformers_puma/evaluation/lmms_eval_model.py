@@ -101,7 +101,8 @@ class PumaLmms(lmms):
 
     def _continuation_loss(self, request: tuple) -> tuple[float, bool]:
         _, target, _, document, task, split = request
-        text = target if isinstance(target, str) else target(self.task_dict[task][split][document])
+        # A string comes with the delimiter before it, a function's answer without.
+        text = target if isinstance(target, str) else f" {target(self.task_dict[task][split][document])}"
         inputs = self._prepare([request])
         added = torch.tensor([self.processor.encode_plain(text)], device=self.device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], added], dim=1)

@@ -3,6 +3,7 @@
 import torch
 
 from ..granularity import scale_of_position, split_scales
+from ..image_positions_puma import ImagePositions
 from ..modeling_puma import PumaForConditionalGeneration
 
 
@@ -27,9 +28,8 @@ def teacher_forced_features(
         `{scale: (B, k_scale, C)}`.
     """
     config, length = model.config, model.config.image_seq_length
-    is_start = input_ids == config.image_token_id
-    is_start[:, 1:] &= input_ids[:, :-1] != config.image_token_id
-    images, is_target = _with_targets(model, is_start.sum(1).tolist(), target_features, pixel_values)
+    counts = ImagePositions.find(input_ids, config.image_token_id).counts()
+    images, is_target = _with_targets(model, counts, target_features, pixel_values)
 
     ids = torch.cat([input_ids, input_ids.new_full((len(input_ids), length), config.image_token_id)], dim=1)
     mask = torch.cat([attention_mask, attention_mask.new_ones(len(input_ids), length)], dim=1)

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from ..granularity import split_scales
+from ..pictures import as_rgb
 from .collator import Row, tidy_row
 
 Features = dict[int, torch.Tensor]
@@ -123,7 +124,8 @@ class PumaSampleCallback(SampleCallback):
         num_images = int((prompt == config.image_end_token_id).sum())
         name = "image_features" if "image_features" in batch else "pixel_values"
         images = {name: batch[name][:num_images]} if num_images else {}
-        shown = [image.convert("RGB") for image in tidy_row(row).get("images", [])]
+        pictures = self.trainer.processing_class.image_processor.fetch_images(list(tidy_row(row).get("images", [])))
+        shown = [as_rgb(picture) for picture in pictures]
         asked = f"**given** {self._read(prompt[0])}"
         if not draws:
             answer = self._answer(prompt, images)

@@ -108,7 +108,7 @@ class PumaDataCollator:
                 f"<image> in a text, {{'type': 'image'}} in the parts of a message: {_excerpt(row)}"
             )
 
-        length = min(self.max_length or len(ids), self._end_at_scale(row, starts) or len(ids))
+        length = min(self.max_length or len(ids), self._end_at_scale(row, ids, starts) or len(ids))
         targets = [supervised[start] for start in starts if start < length]
         return ids[:length], supervised[:length], targets
 
@@ -139,11 +139,14 @@ class PumaDataCollator:
                 left_out = slice(start + num_tokens, start + self.processor.image_seq_length)
                 del ids[left_out], supervised[left_out]
 
-    def _end_at_scale(self, row: Row, starts: list[int]) -> int | None:
+    def _end_at_scale(self, row: Row, ids: list[int], starts: list[int]) -> int | None:
         """Where the row ends if it is to stop after a scale of its last picture, else None."""
         finest = row.get("finest_scale")
         if finest is None or finest == 0 or not starts:
             return None
+        after = [token for token in ids[starts[-1] :] if token != self.processor.image_token_id]
+        if text := self.processor.tokenizer.decode(after, skip_special_tokens=True).strip():
+            raise ValueError(f"finest_scale={finest} ends a row at its last picture, but {text!r} follows it")
         return starts[-1] + self._num_tokens(finest)
 
     def _num_tokens(self, finest: int) -> int:

@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..granularity import scale_of_position
+from ..image_positions_puma import ImagePositions
 from ..loss_puma import is_supervised_text
-from ..modeling_puma import ImagePositions, PumaModel
+from ..modeling_puma import PumaModel
 from .checkpoints import ResumableTrainerMixin
 
 
@@ -126,7 +127,9 @@ class ModelLossMixin(PumaTrainerMixin):
                 losses = losses * self.current_gradient_accumulation_steps * self.accelerator.num_processes
             weights = torch.ones_like(losses)
         else:
-            weights = torch.stack([(inputs["labels"][:, 1:] != -100).sum(), num_tokens.sum()])
+            image_token_id = self.accelerator.unwrap_model(model).config.image_token_id
+            num_text = is_supervised_text(inputs["labels"], image_token_id).sum()
+            weights = torch.stack([num_text, num_tokens.sum()])
             losses = losses * (num_items_in_batch if counts else weights)
         errors = torch.where(num_tokens > 0, outputs.scale_losses * num_tokens, 0)
         self._parts[model.training].append(torch.cat([losses, errors, weights, num_tokens]))

@@ -78,6 +78,8 @@ def test_loglikelihood(lmm):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     ((loss, is_greedy),) = lmm.loglikelihood([request])
     assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-4) and is_greedy == all(greedy)
+    by_function = make_request("loglikelihood", question, lambda document: target.strip(), document=2)
+    assert lmm.loglikelihood([by_function]) == [(loss, is_greedy)]
 
 
 def test_a_video_is_refused(lmm):

@@ -98,6 +98,17 @@ def test_cached_features_are_read_and_compared(processor, tmp_path):
     assert entry["eval_drawn_mse_scale_1"] == pytest.approx((drawn - features[1:5]).square().mean().item(), rel=1e-4)
 
 
+def test_pictures_are_shown_as_the_model_reads_them(processor, tmp_path):
+    """From their files, transparent parts on white."""
+    file = tmp_path / "clear.png"
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(file)
+    trainer = make_trainer(processor, tmp_path / "out")
+    trainer.add_callback(PumaSampleCallback(trainer, [{**ROWS[0], "images": [str(file)]}], max_new_tokens=2))
+    trainer.train()
+    shown = pictures(read_events(tmp_path / "out"), "samples/0")[4]
+    assert shown.shape == (3, 30, 40) and (shown == 255).all()
+
+
 def test_wandb_offline(processor, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

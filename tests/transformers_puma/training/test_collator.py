@@ -82,6 +82,12 @@ def test_a_row_may_end_after_a_scale(collator, processor, picture, scale, tokens
     assert (ids[-1] == processor.tokenizer.eos_token_id) == (scale == 0)
 
 
+def test_text_after_a_picture_is_not_cut_off_with_its_scales(collator, picture):
+    row = {"prompt": "<image>", "completion": "a cat", "images": [picture], "finest_scale": 1}
+    with pytest.raises(ValueError, match="finest_scale=1 ends a row at its last picture, but 'a cat' follows it"):
+        collator([row])
+
+
 @pytest.mark.parametrize(("scale", "tokens"), [(2, 1), (1, 5), (0, IMAGE_LENGTH)])
 def test_given_pictures_may_end_after_a_scale(collator, processor, model, scale, tokens):
     pictures = [make_picture(i) for i in range(3)]

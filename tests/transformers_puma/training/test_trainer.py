@@ -254,6 +254,21 @@ def test_an_evaluation_is_a_mean_over_tokens_whatever_the_batches(processor, row
                 assert metrics[f"eval_{name}"] == pytest.approx(expected[name].item(), rel=1e-5), (size, name)
 
 
+def test_an_evaluation_counts_text_alone_whatever_the_labels_of_images(processor, rows, tmp_path):
+    expected = make_trainer(processor, rows, tmp_path).evaluate(rows)
+    trainer = make_trainer(processor, rows, tmp_path)
+    collator, image = trainer.data_collator, processor.image_token_id
+
+    def with_image_labels(rows):
+        batch = collator(rows)
+        return {**batch, "labels": torch.where(batch["input_ids"] == image, image, batch["labels"])}
+
+    trainer.data_collator = with_image_labels
+    metrics = trainer.evaluate(rows)
+    for name in ("loss", "text_loss", "image_loss"):
+        assert metrics[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-5), name
+
+
 def test_standardised_heads_start_at_the_features_mean(processor):
     model = make_model(processor)
     torch.nn.init.normal_(model.model.projector.weight, std=0.02)
