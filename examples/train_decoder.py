@@ -13,9 +13,11 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDPMScheduler
 from peft import LoraConfig
 from training_recipe import DataArguments, parse_recipe, run, shows_samples
+from transformers import CLIPVisionModel
 
-from diffusers_puma import PumaUNet2DConditionModel
+from diffusers_puma import PumaPipeline, PumaUNet2DConditionModel
 from diffusers_puma.training import PumaDecoderSampleCallback, PumaDecoderTrainer, PumaDecoderTrainingArguments
+from transformers_puma import PumaImageProcessor, PumaProcessor
 from transformers_puma.assembly import load_encoder
 
 # Attention of the UNet's blocks, as LoRA training of SDXL has it.
@@ -36,6 +38,16 @@ class DecoderArguments:
     sample_steps: int = field(default=50, metadata={"help": "denoising steps of the validation set's reconstructions"})
 
 
+def load_own_encoder(model: str) -> tuple[CLIPVisionModel, PumaImageProcessor | None]:
+    """The encoder of a pipeline and what makes its pixels: of the language model, or one that is there without it."""
+    index = PumaPipeline.load_config(model)
+    if not index.get("image_encoder", [None])[0]:
+        return load_encoder(model)
+    has_processor = bool(index.get("processor", [None])[0])
+    processor = PumaProcessor.from_pretrained(model, subfolder="processor") if has_processor else None
+    return CLIPVisionModel.from_pretrained(model, subfolder="image_encoder"), processor and processor.image_processor
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments, decoder, data = parse_recipe((PumaDecoderTrainingArguments, DecoderArguments, DataArguments), argv)
     arguments.output_dir = str(Path(arguments.output_dir, f"unet_{decoder.scale}"))
@@ -45,11 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     if decoder.lora_r is not None:
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=decoder.lora_r, lora_alpha=decoder.lora_r, target_modules=LORA_LAYERS))
+    encoder, image_processor = load_encoder(decoder.encoder) if decoder.encoder else load_own_encoder(decoder.model)
     trainer = PumaDecoderTrainer(
         unet,
         arguments,
         noise_scheduler=DDPMScheduler.from_pretrained(decoder.model, subfolder="scheduler"),
-        image_encoder=load_encoder(decoder.encoder or decoder.model)[0],
+        image_encoder=encoder,
+        image_processor=image_processor,
         vae=AutoencoderKL.from_pretrained(decoder.model, subfolder="vae"),
         train_dataset=data.load(arguments),
         eval_dataset=data.load_validation(arguments),

@@ -24,6 +24,8 @@ class DecoderStageMixin:
 
     _callback_tensor_inputs = ["latents", "encoder_hidden_states"]
     _interrupt = False
+    _guidance_scale = 1.0
+    _num_timesteps = 0
     _current_scale: int | None = None
 
     @property
@@ -35,6 +37,20 @@ class DecoderStageMixin:
     def interrupt(self) -> bool:
         """Whether a callback has set `pipe._interrupt = True`, which ends the denoising, as in diffusers."""
         return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call; a callback may set `pipe._guidance_scale`, for the steps to come, as in diffusers."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the denoising has, for callbacks."""
+        return self._num_timesteps
 
     def _unet(self, scale: int) -> PumaUNet2DConditionModel | None:
         return getattr(self, f"unet_{scale}")
@@ -95,7 +111,6 @@ class DecoderStageMixin:
         latents: torch.Tensor,
         schedule: Schedule,
         states: dict[int, torch.Tensor],
-        guidance_scale: float,
         generator: Generators,
         callback: StepCallback | None,
         callback_tensors: Sequence[str],
@@ -108,6 +123,7 @@ class DecoderStageMixin:
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs = {"generator": generator} if takes_generator else {}
         timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as bar, self._decoding():
             for step, timestep in enumerate(timesteps):
                 scale = scale_at(schedule, step, len(timesteps))
@@ -115,7 +131,7 @@ class DecoderStageMixin:
                     self._current_scale = scale
                     bring_in(self, self._unet(scale))
                     bar.set_postfix_str(f"scale {scale}", refresh=False)
-                noise = self._predict_noise(latents, timestep, states[scale], guidance_scale)
+                noise = self._predict_noise(latents, timestep, states[scale])
                 latents = self.scheduler.step(noise, timestep, latents, **step_kwargs).prev_sample
                 bar.update()
                 if callback is not None:
@@ -135,23 +151,22 @@ class DecoderStageMixin:
         finally:
             self._current_scale = None
 
-    def _predict_noise(
-        self, latents: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor, guidance_scale: float
-    ) -> torch.Tensor:
+    def _predict_noise(self, latents: torch.Tensor, timestep: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """eps = eps_uncond + g (eps_cond - eps_uncond); for g <= 1 the conditional branch alone."""
-        is_guided = guidance_scale > 1
+        is_guided = self.do_classifier_free_guidance
         sample = torch.cat([latents, latents]) if is_guided else latents
         noise = self._unet(self.current_scale)(
             self.scheduler.scale_model_input(sample, timestep),
             timestep,
-            encoder_hidden_states=states,
+            encoder_hidden_states=states[: len(sample)],  # conditional rows first: a callback may end the guidance
             added_cond_kwargs={"projected": True},
         ).sample
         if not is_guided:
             return noise
         conditional, unconditional = noise.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
 
+    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (N, channels, h, w) to pictures (N, 3, height, width) in [-1, 1].
 

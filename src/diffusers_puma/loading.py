@@ -93,11 +93,14 @@ def bring_in(pipeline: DiffusionPipeline, module: nn.Module) -> torch.device:
 
 
 def restore_generation_config(language_model: nn.Module) -> None:
-    """Reads the generation settings that a download by diffusers left out.
+    """Reads the generation settings that a download by diffusers left out, once, as they may be changed then.
 
     Of a component's folder on the Hub diffusers fetches the weights and `config.json`, of a repository's root also
     `generation_config.json`, which a saved `PumaPipeline` has there.
     """
+    if getattr(language_model, "_is_generation_config_restored", False):
+        return
+    language_model._is_generation_config_restored = True
     folder = Path(language_model.name_or_path)
     root = folder.parent
     is_missing = not (folder / GENERATION_CONFIG_NAME).is_file()

@@ -9,6 +9,11 @@ from .loading import fetch_lora_state_dict
 from .pipeline_inputs import NUM_SCALES, is_scale
 
 
+def has_lora_layers(module: torch.nn.Module) -> bool:
+    """Also where `delete_adapters` has left them empty, and `peft_config` is gone."""
+    return any(".base_layer." in name for name, _ in module.named_parameters())
+
+
 class PumaLoraLoaderMixin(LoraBaseMixin):
     """Loads and saves LoRA weights. Needs `peft`.
 

@@ -21,7 +21,7 @@ from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 from .decoder_stage import DecoderStageMixin, Generators, StepCallback
 from .feature_stage import Features, FeatureStageMixin
 from .loading import bring_in, restore_generation_config, write_language_model_root
-from .lora_puma import PumaLoraLoaderMixin
+from .lora_puma import PumaLoraLoaderMixin, has_lora_layers
 from .pipeline_inputs import (
     NUM_SCALES,
     Schedule,
@@ -130,7 +130,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         Raises:
             ValueError: a decoder with LoRA layers, whose weights would be saved under names that nothing reads.
         """
-        adapted = [scale for scale in self.scales if getattr(self._unet(scale), "peft_config", None)]
+        adapted = [scale for scale in self.scales if has_lora_layers(self._unet(scale))]
         if adapted:
             raise ValueError(
                 f"the decoders of scales {adapted} hold LoRA layers: save those by save_lora_weights, and the "
@@ -202,7 +202,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict: False returns the fields of the output as a tuple.
             callback_on_step_end: `callback(pipe, step, timestep, tensors)` after each denoising step returns a dict
-                of tensors to go on with, as in diffusers; `pipe.current_scale` tells the scale.
+                of tensors to go on with, as in diffusers; `pipe.current_scale` tells the scale. Of
+                `encoder_hidden_states` the conditional rows come first.
             callback_on_step_end_tensor_inputs: which of `latents` and `encoder_hidden_states` it gets; a
                 `PipelineCallback` of diffusers says so itself.
             scorer: `scorer(images, prompt)` -> one number per image, the higher the better.
@@ -250,14 +251,9 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             }
             first = schedule[0][1]
             start = self._start_latents(first, shape, num_inference_steps, generator, latents)
+            self._guidance_scale = guidance_scale  # a callback may have changed it
             result = self._denoise(
-                start,
-                schedule,
-                states,
-                guidance_scale,
-                generator,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
+                start, schedule, states, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
             )
             results[first] = result if output_type == "latent" else self.decode_latents(result)
         self.maybe_free_model_hooks()

@@ -163,6 +163,8 @@ class TestLanguageModelRoot:
         (tmp_path / "mllm" / "generation_config.json").unlink()
         loaded = DiffusionPipeline.from_pretrained(tmp_path)
         assert loaded.mllm.generation_config.max_new_tokens == 17
+        loaded.mllm.generation_config.max_new_tokens = 5  # what a user sets stays
+        assert PumaPipeline.from_pipe(loaded).mllm.generation_config.max_new_tokens == 5
 
 
 SAVE_AND_PUSH = """
@@ -260,6 +262,17 @@ class TestLora:
         decoder_pipeline.save_pretrained(tmp_path / "pipeline")
         again = PumaPipeline.from_pretrained(tmp_path / "pipeline")
         torch.testing.assert_close(image(again), expected, atol=1e-4, rtol=0)
+
+    def test_empty_layers_that_a_deleted_adapter_leaves_are_not_saved(self, decoder_pipeline, tmp_path):
+        expected = image(decoder_pipeline)
+        layers = {f"unet_3.{key}": value for key, value in lora(decoder_pipeline, 3).items()}
+        decoder_pipeline.load_lora_weights(layers, adapter_name="style")
+        decoder_pipeline.delete_adapters("style")
+        with pytest.raises(ValueError, match=r"scales \[3\] hold LoRA layers"):
+            decoder_pipeline.save_pretrained(tmp_path)
+        decoder_pipeline.unload_lora_weights()
+        decoder_pipeline.save_pretrained(tmp_path)
+        torch.testing.assert_close(image(PumaPipeline.from_pretrained(tmp_path)), expected, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
     def test_random_weights_are_made_on_request_alone(self, decoder_pipeline, low_cpu_mem_usage):

@@ -199,6 +199,8 @@ class TestDecoding:
         decoded = decoder_pipeline.image_processor.postprocess(decoder_pipeline.decode_latents(images), "pt")
         torch.testing.assert_close(decoded, pt, atol=0, rtol=0)
         assert set(features) == {0, 1, 2, 3, 4}
+        with torch.enable_grad():
+            assert not decoder_pipeline.decode_latents(images).requires_grad
 
     def test_number_of_steps(self, decoder_pipeline, pictures):
         calls = count_calls(decoder_pipeline.unet_4)
@@ -291,6 +293,38 @@ class TestCallbacks:
         for callback in (Watch(), MultiPipelineCallbacks([Watch()])):
             decoder_pipeline(image=pictures[0], scale=4, callback_on_step_end=callback)
         assert seen == [["encoder_hidden_states"]] * 6
+
+    @pytest.mark.parametrize("halves", [False, True])
+    def test_guidance_may_end_before_the_denoising(self, decoder_pipeline, pictures, halves):
+        """As in diffusers, where callbacks set `_guidance_scale`; then it is as in a call without guidance."""
+        reached, seen = [], []
+
+        def end_guidance(pipe, step, timestep, tensors):
+            seen.append((step, pipe.guidance_scale, pipe.do_classifier_free_guidance, pipe.num_timesteps))
+            if step > 0:
+                return {}
+            reached.append(tensors["latents"])
+            pipe._guidance_scale = 0.0
+            return {"encoder_hidden_states": tensors["encoder_hidden_states"].chunk(2)[0]} if halves else {}
+
+        def go_on(pipe, step, timestep, tensors):
+            return {"latents": reached[pipe.current_scale == 3]} if step == 0 else {}
+
+        options = {"image": pictures[0], "scale": [1, 3], "output_type": "pt", "num_inference_steps": 3}
+        names = ["latents", "encoder_hidden_states"]
+        found, expected = (
+            decoder_pipeline(
+                **options,
+                guidance_scale=guidance,
+                generator=torch.Generator().manual_seed(0),
+                callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=names,
+            ).images
+            for guidance, callback in ((4.0, end_guidance), (1.0, go_on))
+        )
+        for scale in (1, 3):
+            torch.testing.assert_close(found[scale], expected[scale])
+        assert seen == [(0, 4.0, True, 3), (1, 0.0, False, 3), (2, 0.0, False, 3)] * 2
 
     def test_a_callback_that_fails_leaves_no_scale_behind(self, decoder_pipeline, pictures):
         def fail(*args):

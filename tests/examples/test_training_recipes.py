@@ -196,6 +196,18 @@ def test_four_bits_need_an_adapter(data, model, tmp_path):
         tune.main([config, *options, "--load_in_4bit", "true"])
 
 
+def test_the_encoder_of_a_pipeline_with_and_without_a_language_model(model, tmp_path):
+    """With the latter, such as converted decoders, it is a component of its own."""
+    pipe = PumaPipeline.from_pretrained(model, scales=[3])
+    parts = {"vae": pipe.vae, "scheduler": pipe.scheduler, "unet_3": pipe.unet_3}
+    PumaPipeline(image_encoder=pipe.mllm.model.vision_tower, **parts).save_pretrained(tmp_path)
+    within, image_processor = train_decoder.load_own_encoder(model)
+    alone, no_processor = train_decoder.load_own_encoder(str(tmp_path))
+    assert image_processor.image_mean == pipe.processor.image_processor.image_mean and no_processor is None
+    for name, weight in pipe.mllm.model.vision_tower.state_dict().items():
+        assert torch.equal(within.state_dict()[name], weight) and torch.equal(alone.state_dict()[name], weight)
+
+
 def test_a_misspelt_key_is_refused(tmp_path):
     (tmp_path / "bad.yaml").write_text("model: x\nstage: editing\nsources: []\noutput_dir: y\nlerning_rate: 1\n")
     with pytest.raises(ValueError, match="lerning_rate"):

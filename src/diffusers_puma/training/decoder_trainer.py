@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel, cast_training_params
+from huggingface_hub import ModelCard
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
 from transformers.integrations import TensorBoardCallback
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import HubStrategy
 
+from transformers_puma import PumaImageProcessor
 from transformers_puma.training.arguments import adopt_arguments
 from transformers_puma.training.checkpoints import ResumableTrainerMixin
 
@@ -28,6 +30,8 @@ from .denoising_loss import denoising_loss, draw
 from .features import pool_to_tokens, scale_of
 from .pictures import PictureEncoder, PumaDecoderCollator, collate_cached
 
+# Beside the averaged weights of a checkpoint; no name that is looked for in a model folder, here or on the Hub.
+TRAINED_WEIGHTS_NAME = "training_weights.safetensors"
 HALF = {torch.float16, torch.bfloat16}
 
 
@@ -39,9 +43,9 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
     here); or, given `image_encoder` and `vae`, an `image` (PIL).
 
     Every folder that it saves is a decoder with the averaged weights (`PumaUNet2DConditionModel.from_pretrained`); a
-    checkpoint holds, next to it, the weights in training (`model.safetensors`) and the state that resumes them
-    exactly. A model to which `add_adapter` has added LoRA weights trains and saves those alone, in fp32 whatever the
-    decoder's precision, and in the form that `PumaPipeline.load_lora_weights` reads.
+    checkpoint holds, next to it, the weights in training (`training_weights.safetensors`) and the state that
+    resumes them exactly. A model to which `add_adapter` has added LoRA weights trains and saves those alone, in fp32
+    whatever the decoder's precision, and in the form that `PumaPipeline.load_lora_weights` reads.
 
     It runs on one process or data parallel. Noise, noise levels and dropped pictures are drawn from (seed, step,
     place in the global batch), so processes share no draws, and any number of them computes the same.
@@ -53,6 +57,7 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         null_features: (1, k_0, C), the black image's features, which stand for a dropped picture; by default those of
             `image_encoder`.
         image_encoder, vae: encode rows of pictures; frozen.
+        image_processor: the encoder's; by default one with CLIP's mean and standard deviation.
         scale: whose decoder this is, which an adapter's file tells. By default the one that has `num_tokens` where
             the finest has as many tokens as `image_encoder` gives, or else `null_features`.
         trainer_arguments: as in `transformers.Trainer`.
@@ -70,6 +75,7 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         null_features: torch.Tensor | None = None,
         image_encoder: CLIPVisionModel | None = None,
         vae: AutoencoderKL | None = None,
+        image_processor: PumaImageProcessor | None = None,
         scale: int | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -88,8 +94,8 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
             resolution = args.resolution or model.config.sample_size * factor
             if resolution % factor:
                 raise ValueError(f"resolution must be a multiple of the VAE's {factor}, got {resolution}")
-            self.picture_encoder = PictureEncoder(image_encoder, vae, args.device)
-            collator = PumaDecoderCollator(image_encoder.config.image_size, resolution)
+            self.picture_encoder = PictureEncoder(image_encoder, vae, args.device, image_processor)
+            collator = PumaDecoderCollator(image_encoder.config.image_size, resolution, image_processor)
             null_features = self.picture_encoder.null_features() if null_features is None else null_features
         trainer_arguments.setdefault("data_collator", collator)
         super().__init__(model, args, **trainer_arguments)
@@ -240,12 +246,12 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             weights = {name: parameter.detach() for name, parameter in self.trained.items()}
-            save_file(weights, os.path.join(output_dir, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
+            save_file(weights, os.path.join(output_dir, TRAINED_WEIGHTS_NAME), metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self.ema is not None:
             self._load_average(resume_from_checkpoint)
-        weights = load_file(os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME))
+        weights = load_file(os.path.join(resume_from_checkpoint, TRAINED_WEIGHTS_NAME))
         missing = sorted(self.trained.keys() - weights.keys())
         if missing:
             raise ValueError(f"{resume_from_checkpoint} is of another model: it has no {missing[0]}")
@@ -263,6 +269,24 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         if self.ema is not None:
             for shadow, parameter in zip(self.ema.shadow_params, self.trained_parameters, strict=True):
                 shadow.copy_(parameter.detach())
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in transformers, which copies from the checkpoint only files of its own names."""
+        if self.args.hub_strategy != HubStrategy.END:
+            self._save()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; what loads the folder is diffusers."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        file = os.path.join(self.args.output_dir, "README.md")
+        card = ModelCard.load(file)
+        card.data.library_name = "diffusers"
+        if self.adapter_name is not None:
+            card.data.tags = sorted({*(card.data.tags or []), "lora"})
+        card.save(file)
 
     def _load_best_model(self) -> None:
         self._load_average(self.state.best_model_checkpoint)

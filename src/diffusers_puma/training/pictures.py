@@ -20,6 +20,10 @@ from transformers_puma.pictures import as_rgb
 Row = dict[str, Any]
 
 
+def square_processor(size: int) -> PumaImageProcessor:
+    return PumaImageProcessor(size={"height": size, "width": size})
+
+
 def collate_cached(rows: list[Row]) -> dict[str, torch.Tensor]:
     """Batches rows of cached `latents` and `features`.
 
@@ -47,6 +51,7 @@ class PumaDecoderCollator:
     Args:
         encoder_size: pixels of the encoder's input.
         resolution: R, a multiple of what the VAE shrinks by.
+        image_processor: the encoder's; by default one with CLIP's mean and standard deviation.
 
     A call returns `pixel_values` (B, 3, encoder_size, encoder_size) for the encoder and `pictures` (B, 3, R, R) in
     [-1, 1] for the VAE.
@@ -57,9 +62,10 @@ class PumaDecoderCollator:
 
     encoder_size: int
     resolution: int
+    image_processor: PumaImageProcessor | None = None
 
     def __post_init__(self) -> None:
-        self.for_encoder = PumaImageProcessor(size={"height": self.encoder_size, "width": self.encoder_size})
+        self.for_encoder = self.image_processor or square_processor(self.encoder_size)
         self.for_vae = VaeImageProcessor(vae_scale_factor=1)
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
@@ -83,16 +89,24 @@ class PictureEncoder:
         image_encoder: the model's; of a `PumaForConditionalGeneration` that is `model.model.vision_tower`.
         vae: whose latents the decoder denoises.
         device: where both go.
+        image_processor: the encoder's; by default one with CLIP's mean and standard deviation.
 
     Raises:
         ValueError: for a VAE in fp16 whose config says that its activations leave that range.
     """
 
-    def __init__(self, image_encoder: CLIPVisionModel, vae: AutoencoderKL, device: torch.device) -> None:
+    def __init__(
+        self,
+        image_encoder: CLIPVisionModel,
+        vae: AutoencoderKL,
+        device: torch.device,
+        image_processor: PumaImageProcessor | None = None,
+    ) -> None:
         if vae.config.force_upcast and vae.dtype == torch.float16:
             raise ValueError("this VAE leaves the range of float16 (force_upcast): load it in float32 or bfloat16")
         self.image_encoder = image_encoder.requires_grad_(False).eval().to(device)
         self.vae = vae.requires_grad_(False).eval().to(device)
+        self.image_processor = image_processor or square_processor(image_encoder.config.image_size)
 
     @property
     def num_tokens(self) -> int:
@@ -113,5 +127,5 @@ class PictureEncoder:
     def null_features(self) -> torch.Tensor:
         """(1, k_0, C) of the black image."""
         size = self.image_encoder.config.image_size
-        black = PumaImageProcessor(size={"height": size, "width": size})(Image.new("RGB", (size, size)))
+        black = self.image_processor(Image.new("RGB", (size, size)))
         return self.features(torch.as_tensor(black["pixel_values"][0])[None].to(self.image_encoder.device))

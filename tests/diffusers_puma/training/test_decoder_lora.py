@@ -62,7 +62,7 @@ def test_resumed_adapter_equals_unbroken_one(tmp_path):
     assert losses(resumed) == losses(unbroken)
     for ours, theirs in zip(resumed.ema.shadow_params, unbroken.ema.shadow_params, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    weights = load_file(tmp_path / "unbroken" / "checkpoint-3" / "model.safetensors")
+    weights = load_file(tmp_path / "unbroken" / "checkpoint-3" / "training_weights.safetensors")
     assert weights.keys() == unbroken.trained.keys() and all("lora_" in name for name in weights)
 
 

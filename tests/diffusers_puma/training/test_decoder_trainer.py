@@ -161,7 +161,7 @@ def test_checkpoint_is_a_decoder_and_holds_the_weights_in_training(tmp_path):
     checkpoint = tmp_path / "checkpoint-3"
     decoder = PumaUNet2DConditionModel.from_pretrained(checkpoint)
     torch.testing.assert_close(decoder.conv_in.weight, run.ema.shadow_params[0], rtol=0, atol=0)
-    training = load_file(checkpoint / "model.safetensors")
+    training = load_file(checkpoint / "training_weights.safetensors")
     torch.testing.assert_close(training["conv_in.weight"], run.model.conv_in.weight, rtol=0, atol=0)
     assert json.loads((checkpoint / "config.json").read_text())["_class_name"] == "PumaUNet2DConditionModel"
     assert not list(tmp_path.rglob("training_args.bin"))

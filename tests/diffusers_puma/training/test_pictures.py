@@ -4,6 +4,7 @@ from PIL import Image
 
 from diffusers_puma.training import PumaDecoderCollator
 from tests.killing import losses
+from transformers_puma import PumaImageProcessor
 
 from ..conftest import make_unet
 from .tiny import trainer
@@ -63,6 +64,21 @@ def test_resolution_is_the_decoders_or_what_is_asked_for(tmp_path, decoder_pipel
         batch = next(iter(run.get_train_dataloader()))
         assert batch["pictures"].shape == (3, 3, expected, expected) and batch["pixel_values"].shape == (3, 3, 32, 32)
         assert batch["pictures"].min() >= -1 and batch["pictures"].max() <= 1
+
+
+@torch.no_grad()
+def test_pictures_are_normalised_as_the_encoder_wants(tmp_path, decoder_pipeline, pictures):
+    size = {"height": 32, "width": 32}
+    image_processor = PumaImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.4, 0.5, 0.6])
+    parts = components(decoder_pipeline) | {"image_processor": image_processor}
+    rows = [{"image": picture} for picture in pictures]
+    run = trainer(tmp_path, make_unet(0), train_dataset=rows, components=parts)
+    _, features = run.encode(run.data_collator(rows))
+    shown = [*squares(pictures), Image.new("RGB", (32, 32))]
+    pixels = image_processor(shown, return_tensors="pt")["pixel_values"]
+    expected = decoder_pipeline.image_encoder(pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(features, expected[:-1])
+    torch.testing.assert_close(run.null_features, expected[-1:])
 
 
 def test_scale_is_told_by_the_encoder(tmp_path, decoder_pipeline, pictures):
