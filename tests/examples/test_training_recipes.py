@@ -198,8 +198,8 @@ def test_four_bits_need_an_adapter(data, model, tmp_path):
 
 def test_the_encoder_of_a_pipeline_with_and_without_a_language_model(model, tmp_path):
     """With the latter, such as converted decoders, it is a component of its own."""
-    pipe = PumaPipeline.from_pretrained(model, scales=[3])
-    parts = {"vae": pipe.vae, "scheduler": pipe.scheduler, "unet_3": pipe.unet_3}
+    pipe = PumaPipeline.from_pretrained(model, scales=[1])
+    parts = {"vae": pipe.vae, "scheduler": pipe.scheduler, "unet_1": pipe.unet_1}
     PumaPipeline(image_encoder=pipe.mllm.model.vision_tower, **parts).save_pretrained(tmp_path)
     within, image_processor = train_decoder.load_own_encoder(model)
     alone, no_processor = train_decoder.load_own_encoder(str(tmp_path))
