@@ -18,8 +18,7 @@ class PumaRegressionHead(nn.Linear):
         self, states: torch.Tensor, features: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is predicted and what it should be, (n, C) each, for states (n, H) of tokens at `scales` (n,)."""
-        predicted = self(states)
-        return predicted, features.to(predicted.device)
+        return self(states), features
 
     def predict(
         self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | None, num_steps: int

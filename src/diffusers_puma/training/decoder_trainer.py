@@ -283,7 +283,7 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
             return
         file = os.path.join(self.args.output_dir, "README.md")
         card = ModelCard.load(file)
-        card.data.library_name = "diffusers"
+        card.data["library_name"] = "diffusers"
         if self.adapter_name is not None:
             card.data.tags = sorted({*(card.data.tags or []), "lora"})
         card.save(file)

@@ -25,16 +25,18 @@ def check_decoder(folder: Path) -> None:
 
     from diffusers_puma import PumaUNet2DConditionModel
 
-    run = pushed("decoder", folder, tiny_unet())
-    for push in (None, run.push_to_hub):
-        if push is not None:
-            push()
-        loaded = PumaUNet2DConditionModel.from_pretrained("tester/decoder", force_download=True)
+    def check_repository() -> None:
+        loaded = PumaUNet2DConditionModel.from_pretrained("tester/decoder", force_download=True).state_dict()
         with run.averaged_weights():
             for name, weight in run.model.state_dict().items():
-                torch.testing.assert_close(loaded.state_dict()[name], weight)
-    assert not [name for name in HfApi().list_repo_files("tester/decoder") if name == "model.safetensors"]
-    assert ModelCard.load("tester/decoder").data.library_name == "diffusers"
+                torch.testing.assert_close(loaded[name], weight)
+
+    run = pushed("decoder", folder, tiny_unet())
+    check_repository()
+    run.push_to_hub()
+    check_repository()
+    assert "model.safetensors" not in HfApi().list_repo_files("tester/decoder")
+    assert ModelCard.load("tester/decoder").data["library_name"] == "diffusers"
 
 
 def check_adapter(folder: Path) -> None:
@@ -43,21 +45,23 @@ def check_adapter(folder: Path) -> None:
 
     from diffusers_puma.loading import fetch_lora_state_dict
 
-    unet = tiny_unet()
-    unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    run = pushed("adapter", folder, unet)
-    for push in (None, run.push_to_hub):
-        if push is not None:
-            push()
+    def check_repository() -> None:
         loaded, _ = fetch_lora_state_dict("tester/adapter", force_download=True)
         with run.averaged_weights():
             expected = get_peft_model_state_dict(run.model, adapter_name="default")
             assert loaded.keys() == {f"unet_{run.scale}.{name}" for name in expected}
             for name, weight in expected.items():
                 torch.testing.assert_close(loaded[f"unet_{run.scale}.{name}"], weight)
+
+    unet = tiny_unet()
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    run = pushed("adapter", folder, unet)
+    check_repository()
+    run.push_to_hub()
+    check_repository()
     card = ModelCard.load("tester/adapter").data
-    assert card.library_name == "diffusers" and "lora" in card.tags
+    assert card["library_name"] == "diffusers" and "lora" in card.tags
 
 
 @pytest.mark.parametrize("check", [check_decoder, check_adapter], ids=lambda check: check.__name__)
