@@ -1,7 +1,7 @@
 """What callers of `PumaPipeline` pass, in one form, or a `ValueError` that says what is wrong. Pure functions."""
 
 from collections.abc import Callable, Collection, Sequence, Sized
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def as_image_groups(image: Image.Image | list) -> list[list[Image.Image]]:
 
 
 def is_scale(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < NUM_SCALES
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < NUM_SCALES
 
 
 def as_scales(scale: Any, decoders: list[int], available: list[int], default: int) -> list[int]:

@@ -36,6 +36,7 @@ from .pipeline_inputs import (
     check_noise,
     check_number,
     check_output_type,
+    is_scale,
     is_schedule,
 )
 from .pipeline_output import PumaPipelineOutput
@@ -262,7 +263,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             pictures = self._postprocess(self._rank_first(list(results.values()), prompts, scorer), output_type)
         else:
             pictures = {number: self._postprocess(result, output_type) for number, result in results.items()}
-            if scale is None or isinstance(scale, int) or is_schedule(scale):
+            if scale is None or is_scale(scale) or is_schedule(scale):
                 pictures = pictures[schedules[0][0][1]]
         if not return_dict:
             return pictures, image_features

@@ -82,6 +82,12 @@ class TestDecoding:
             alone = draw(decoder_pipeline, image=pictures[:2], scale=scale, seed=[1, 2])
             torch.testing.assert_close(images[scale], alone, atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("scale", [np.int64(3), [np.int64(3)]])
+    def test_a_scale_of_numpy_is_that_scale(self, decoder_pipeline, pictures, scale):
+        images = draw(decoder_pipeline, image=pictures[:1], scale=scale)
+        plain = draw(decoder_pipeline, image=pictures[:1], scale=3)
+        assert torch.equal(images[3] if isinstance(scale, list) else images, plain)
+
     def test_list_of_scales_gives_a_dict_in_its_order(self, decoder_pipeline, pictures):
         output = decoder_pipeline(image=pictures[:2], scale=[3, 1])
         assert list(output.images) == [3, 1]
