@@ -23,8 +23,10 @@ class GQA(Benchmark):
 
     def read(self) -> list[Question]:
         file = self.data / f"{self.split}_questions.json"
-        questions = []
-        for key, row in read_json(file).items():
+        rows, questions = read_json(file), []
+        if not isinstance(rows, dict):
+            raise ValueError(f"{file} must hold an object of questions by their ids, got a {type(rows).__name__}")
+        for key, row in rows.items():
             require_fields(row, FIELDS, f"question {key} in {file}")
             if row["isBalanced"]:
                 questions.append(

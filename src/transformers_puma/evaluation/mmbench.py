@@ -113,6 +113,9 @@ class MMBench(Benchmark):
             rows = list(csv.DictReader(stream, delimiter="\t"))
         for row in rows[:1]:
             require_fields(row, ("index", "question", "hint", "A", "B", "image"), str(file))
+        for number, row in enumerate(rows, start=1):
+            if None in row.values():
+                raise ValueError(f"{file}: row {number} has fewer cells than the header")
         return rows
 
 

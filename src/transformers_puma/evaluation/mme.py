@@ -95,7 +95,7 @@ def _total(parts: list[np.ndarray]) -> dict[str, float]:
 
 
 def _read_pair(text: Path, pictures: Path, category: str) -> list[Question]:
-    lines = [line for line in read_text(text).splitlines() if line.strip()]
+    lines = [line for line in read_text(text).split("\n") if line.strip()]
     candidates = [pictures / f"{text.stem}{suffix}" for suffix in SUFFIXES]
     picture = next((file for file in candidates if file.is_file()), None)
     if picture is None:

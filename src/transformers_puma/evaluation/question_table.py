@@ -89,7 +89,12 @@ def _read_row(
     find_picture: Callable[[Any], Path | Callable[[], Image.Image]],
 ) -> Question:
     require_fields(row, FIELDS, where)
-    answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+    for name in ("image", "question"):
+        if row[name] is None:
+            raise ValueError(f"{where} has no {name}")
+    if not isinstance(row["question"], str):
+        raise ValueError(f"{where}: question must be a text, got {row['question']!r}")
+    answers = row["answer"] if isinstance(row["answer"], (list, tuple)) else [row["answer"]]
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{where}: answer must be a text or a list of texts, got {row['answer']!r}")
     return Question(
@@ -97,5 +102,5 @@ def _read_row(
         picture=find_picture(row["image"]),
         prompt=row["question"],
         answers=tuple(answers),
-        category=row.get("question_type", ALL),
+        category=row.get("question_type") or ALL,
     )

@@ -145,7 +145,7 @@ def read_json(file: Path) -> Any:
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """Raises `ValueError` if the file is missing or one of its lines is no JSON."""
     rows = []
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -160,7 +160,9 @@ def read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def require_fields(row: dict[str, Any], names: Sequence[str], where: str) -> None:
+def require_fields(row: Any, names: Sequence[str], where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be an object with {', '.join(names)}, got {row!r}")
     missing = [name for name in names if name not in row]
     if missing:
         raise ValueError(f"{where} has no {', '.join(missing)}: expected {', '.join(names)}, got {', '.join(row)}")

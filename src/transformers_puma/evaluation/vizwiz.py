@@ -32,7 +32,7 @@ class VizWiz(Benchmark):
                     picture=self.data / self.split / row["image"],
                     prompt=f"{row['question']}\n{UNANSWERABLE}\n{SHORT_ANSWER}",
                     answers=tuple(answer["answer"] for answer in row.get("answers", ())),
-                    category=row.get("answer_type", ALL),
+                    category=row.get("answer_type") or ALL,
                 )
             )
         return questions

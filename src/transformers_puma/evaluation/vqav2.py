@@ -59,17 +59,23 @@ class VQAv2(Benchmark):
 
     def _question_rows(self, split: str) -> list[dict]:
         file = self.data / f"v2_OpenEnded_mscoco_{split}_questions.json"
-        rows = read_json(file)["questions"]
+        rows = _list_of(file, "questions")
         for row in rows:
             require_fields(row, ("question_id", "image_id", "question"), f"a question in {file}")
         return rows
 
     def _annotations(self) -> dict[int, dict]:
         file = self.data / f"v2_mscoco_{self.split}_annotations.json"
-        rows = read_json(file)["annotations"]
+        rows = _list_of(file, "annotations")
         for row in rows:
             require_fields(row, ("question_id", "answers", "answer_type"), f"an annotation in {file}")
         return {row["question_id"]: row for row in rows}
+
+
+def _list_of(file: Path, name: str) -> list:
+    content = read_json(file)
+    require_fields(content, (name,), str(file))
+    return content[name]
 
 
 def judge_vqa(question: Question, answer: str) -> Row:

@@ -119,7 +119,10 @@ class PumaSampleCallback(SampleCallback):
         if not is_label.any():
             raise ValueError(f"a row to sample must have something supervised: {row}")
         start = int(is_label.nonzero()[0])
-        draws = bool(ids[0, start] == config.image_start_token_id)
+        pictures_start = (is_label & (ids[0] == config.image_start_token_id)).nonzero()[:1].flatten().tolist()
+        # A chat template puts a space before what the assistant says.
+        draws = bool(pictures_start) and not self._read(ids[0, start : pictures_start[0]]).strip()
+        start = pictures_start[0] if draws else start
         prompt = ids[:, : start + draws]
         num_images = int((prompt == config.image_end_token_id).sum())
         name = "image_features" if "image_features" in batch else "pixel_values"

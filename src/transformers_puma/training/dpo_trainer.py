@@ -84,10 +84,12 @@ class PumaDPOTrainer(RowsMixin, DPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        trained = self.accelerator.unwrap_model(self.model)
-        trained.image_head.requires_grad_(False)
-        if not isinstance(trained.get_output_embeddings(), nn.Linear):
+        if not isinstance(self.accelerator.unwrap_model(self.model).get_output_embeddings(), nn.Linear):
             raise ValueError(
                 "TRL scores preferences by the weight of the text head alone, without rows that an adapter trains: "
                 "merge that adapter into the model, or make one with puma_lora_config(model, token_ids=[])"
             )
+
+    def _freeze_encoder(self) -> None:
+        super()._freeze_encoder()
+        self.accelerator.unwrap_model(self.model).image_head.requires_grad_(False)

@@ -122,10 +122,11 @@ class ModelLossMixin(PumaTrainerMixin):
         outputs = model(**inputs, **counts, feature_noise=noise, use_cache=False)
 
         losses = torch.stack([outputs.text_loss, outputs.image_loss]).detach().float()
-        if model.training:  # means over batches, as `loss` is logged
-            if counts:
-                losses = losses * self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        if model.training:  # means over steps, as `loss` is logged
             weights = torch.ones_like(losses)
+            if counts:  # a share of a step, and the losses of such
+                losses = losses * self.accelerator.num_processes
+                weights = weights / self.current_gradient_accumulation_steps
         else:
             image_token_id = self.accelerator.unwrap_model(model).config.image_token_id
             num_text = is_supervised_text(inputs["labels"], image_token_id).sum()

@@ -49,6 +49,12 @@ def test_gqa(gqa, tmp_path):
     assert sorted(submitted, key=lambda row: row["questionId"])[0] == {"questionId": "201", "prediction": "pizza"}
 
 
+def test_gqa_files_that_are_wrong(gqa):
+    write_json_file(gqa.data / "test_balanced_questions.json", [])
+    with pytest.raises(ValueError, match="must hold an object of questions by their ids, got a list"):
+        GQA(gqa.data, "test_balanced")
+
+
 def test_gqa_without_answers(gqa):
     content = {"9": {"question": "What?", "imageId": "n1", "isBalanced": True}}
     write_json_file(gqa.data / "test_balanced_questions.json", content)
@@ -112,6 +118,9 @@ def test_vqav2_files_that_are_wrong(vqav2):
         VQAv2(vqav2, "val2014")
     with pytest.raises(ValueError, match=r"train2014_annotations.json is missing"):
         VQAv2(vqav2, "train2014")
+    write_json_file(vqav2 / "v2_mscoco_val2014_annotations.json", {"info": {}})
+    with pytest.raises(ValueError, match="val2014_annotations.json has no annotations"):
+        VQAv2(vqav2, "val2014")
 
 
 @pytest.fixture
@@ -180,7 +189,37 @@ def test_table_as_a_dataset(table, tmp_path):
         QuestionTable(tmp_path / "saved")
 
 
+def test_table_with_odd_but_valid_rows(table):
+    """JSON may hold other line ends than that of its lines, and a type that is null is none."""
+    rows = [{**TABLE[0], "answer": "yes\u2028no", "question_type": None}, TABLE[1]]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (table.data / "test.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    loaded = QuestionTable(table.data)
+    questions = {question.id: question for question in loaded.questions}
+    assert questions[0].answers == ("yes\u2028no",)
+    scores = loaded.scores(judged(loaded, {0: "no", 1: "noto"}))
+    assert scores.keys() == {"questions", "questions: style"}
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"answer": 7}, "answer must be a text or a list of texts, got 7"),
+        ({"question": None}, "row 0 of .*test.jsonl has no question"),
+        ({"question": 7}, "question must be a text, got 7"),
+        ({"image": None}, "row 0 of .*test.jsonl has no image"),
+    ],
+)
+def test_table_with_a_value_that_is_wrong(table, row, error):
+    (table.data / "test.jsonl").write_text(json.dumps({**TABLE[0], **row}))
+    with pytest.raises(ValueError, match=error):
+        QuestionTable(table.data)
+
+
 def test_table_that_is_wrong(table):
+    (table.data / "test.jsonl").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="row 0 of .* must be an object with image, question, answer, got"):
+        QuestionTable(table.data)
     (table.data / "test.jsonl").write_text('{"image": "a.png", "question": "What?"}')
     with pytest.raises(ValueError, match=r"row 0 of .*test.jsonl has no answer"):
         QuestionTable(table.data)

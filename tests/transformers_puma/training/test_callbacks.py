@@ -78,6 +78,21 @@ def test_answers_and_drawings_are_in_the_event_file(processor, tmp_path):
     assert (first.step, last.step) == (2, 4) and last.value == pytest.approx(sum(errors) / 2, rel=1e-4)
 
 
+def test_a_picture_said_in_a_conversation_is_drawn(processor, tmp_path):
+    """The template has a space before it, which is supervised too."""
+    said = [{"role": "user", "content": "draw it"}, {"role": "assistant", "content": [{"type": "image"}]}]
+    rows = [{"messages": said, "images": [PICTURE]}]
+    trainer = make_trainer(processor, tmp_path, train_dataset=rows, eval_dataset=rows)
+    trainer.add_callback(PumaSampleCallback(trainer, rows, scale=1))
+    trainer.evaluate()
+    (entry,) = [entry for entry in trainer.state.log_history if "eval_drawn_mse_scale_1" in entry]
+    ids = trainer.data_collator(rows)["input_ids"]
+    start = ids[0].tolist().index(processor.image_start_token_id)
+    drawn = trainer.model.generate_image_features(ids[:, : start + 1], scale=1)[1]
+    true = trainer.model.encode_image(processor.image_processor([PICTURE], return_tensors="pt")["pixel_values"])[1]
+    assert entry["eval_drawn_mse_scale_1"] == pytest.approx((drawn - true).square().mean().item(), rel=1e-4)
+
+
 def test_samples_do_not_disturb_the_training(processor, tmp_path):
     plain = make_trainer(processor, tmp_path / "plain", report_to="none")
     plain.train()

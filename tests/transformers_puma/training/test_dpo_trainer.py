@@ -1,6 +1,9 @@
+import shutil
+
 import pytest
 import torch
 from datasets import IterableDataset
+from peft import get_peft_model, get_peft_model_state_dict
 from torch.nn import functional as F
 from trl import DPOConfig, SFTConfig
 
@@ -105,6 +108,23 @@ def test_answers_that_are_preferred_become_likelier(processor, tmp_path, peft):
     assert history(trainer, "loss")[0] == pytest.approx(0.6931, abs=1e-4)
     margins = history(trainer, "rewards/margins")
     assert margins[0] == pytest.approx(0, abs=1e-5) and margins[-1] > 0.2
+
+
+def test_a_model_with_an_adapter_resumes_to_the_same_numbers(processor, tmp_path):
+    def trainer(folder):
+        model = make_model(processor)
+        adapted = get_peft_model(model, puma_lora_config(model, [], r=4))
+        return make_trainer(processor, folder, adapted, max_steps=4, save_strategy="steps", save_steps=2)
+
+    whole, killed = trainer(tmp_path / "whole"), trainer(tmp_path / "killed")
+    whole.train()
+    killed.train()
+    shutil.rmtree(tmp_path / "killed/checkpoint-4")
+    resumed = trainer(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert history(resumed, "loss") == history(whole, "loss") and len(history(whole, "loss")) == 4
+    states = [get_peft_model_state_dict(each.model) for each in (whole, resumed)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_stock_arguments_are_taken_over(processor, tmp_path):

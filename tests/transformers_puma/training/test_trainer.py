@@ -81,6 +81,15 @@ def test_accumulation_changes_nothing(processor, rows, tmp_path, batch_size, acc
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+def test_logged_parts_make_up_the_loss_where_an_epoch_ends_within_a_step(processor, rows, tmp_path):
+    """Steps of 2, 2 and 1 rows, all in one entry of the log."""
+    settings = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=3, logging_steps=3)
+    trainer = make_trainer(processor, rows[:5], tmp_path, **settings)
+    trainer.train()
+    (loss,), (text,), (image,) = (history(trainer, key) for key in ("loss", "text_loss", "image_loss"))
+    assert loss == pytest.approx(0.02 * text + image, rel=1e-4)
+
+
 def test_the_loss_falls_and_its_parts_are_logged(processor, rows, tmp_path):
     trainer = make_trainer(processor, rows, tmp_path, max_steps=30, per_device_train_batch_size=8)
     trainer.train()
