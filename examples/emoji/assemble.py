@@ -20,10 +20,7 @@ MAX_ANSWER_TOKENS = 64
 def assemble(runs: Path, out: Path) -> None:
     """Keeps what else is in `out` (the model card, for one)."""
     half = {"dtype": torch.float16}
-    folders = {f"unet_{scale}": f"unet_{scale}" for scale in range(5)} | {"unet_0": "unet_0_tuned"}
-    decoders = {
-        name: PumaUNet2DConditionModel.from_pretrained(runs / folder, **half) for name, folder in folders.items()
-    }
+    decoders = {f"unet_{s}": PumaUNet2DConditionModel.from_pretrained(runs / f"unet_{s}", **half) for s in range(5)}
     pipeline = PumaPipeline(
         vae=AutoencoderKL.from_pretrained(runs / "vae", **half),
         scheduler=DDIMScheduler.from_config(noise_scheduler().config),

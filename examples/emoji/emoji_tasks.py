@@ -49,7 +49,6 @@ from transformers_puma import flatten_scales, multigranular_features
 from transformers_puma.processing_puma import CHAT_TEMPLATE
 
 KINDS = ("draw", "describe", "ask", "edit", "condition", "copy", "name", "find", "check")
-DRAWING_KINDS = ("draw", "edit", "condition")  # words, or words about a picture, to a picture
 PATCHWORKS = (1, 2, 4, 8)  # cells along a side of the grid of a picture that is to be copied
 # Emoji or scenes that are asked about one after the other, and the finest scale read of each.
 ALBUM, SCENES, ALBUM_SCALE = 12, 6, 2
@@ -118,26 +117,6 @@ class EmojiSplit:
     def draw_emoji(self, rng: random.Random) -> int:
         """A row of a random concept in a random style, so that people's variants don't crowd out the rest."""
         return rng.choice(rng.choice(self.groups))
-
-    def any_picture(self, rng: random.Random, scenes: list[int], share: float) -> Picture:
-        """One of the scenes given, in this share of the cases, or an emoji."""
-        if rng.random() < share:
-            return "scenes", rng.choice(scenes)
-        return "emoji", self.draw_emoji(rng)
-
-    def drawing_task(self, kind: str, rng: random.Random, scenes: float) -> tuple[str, list[Picture]]:
-        """Words, and pictures of which the last is to be drawn and those before are given; `kind` is one of
-        `DRAWING_KINDS`, `scenes` the share of composed pictures of those drawn from words."""
-        if kind == "draw":
-            picture = self.any_picture(rng, self.drawn, scenes)
-            return self.words(picture, rng), [picture]
-        if kind == "edit":
-            edit = self.edits.draw(rng)
-            return edit.instruct(rng), [edit.source, edit.target]
-        number = rng.choice(self.conditions)
-        target = self.origin(number)
-        words = conditional_prompt(self.scenes[number]["role"], self.words(target, rng), rng)
-        return words, [("scenes", number), target]
 
     def words(self, picture: Picture, rng: random.Random | None = None) -> str:
         """The caption of an emoji or a scene."""
@@ -256,7 +235,7 @@ class EmojiRows(Dataset):
         if kind in made:
             finest, row = made[kind](rng)
         else:
-            pictures, row = (self._draw if kind in DRAWING_KINDS else self._tell)(kind, rng)
+            pictures, row = (self._from_picture if from_picture else self._one_picture)(kind, rng)
             finest = [self._finest(picture) for picture in pictures]
         if kind == "draw" or from_picture:
             row["finest_scale"] = finest_scale
@@ -300,18 +279,28 @@ class EmojiRows(Dataset):
         return finest, conversation(asked) | {"finest_given_scale": ALBUM_SCALE}
 
     def _any_picture(self, rng: random.Random, scenes: list[int]) -> Picture:
-        return self.split.any_picture(rng, scenes, self.mix.scenes)
+        if rng.random() < self.mix.scenes:
+            return "scenes", rng.choice(scenes)
+        return "emoji", self.split.draw_emoji(rng)
 
-    def _draw(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
-        words, pictures = self.split.drawing_task(kind, rng, self.mix.scenes)
-        given = "<image>" * (len(pictures) - 1)
-        return pictures, {"prompt": f"{given}{words}", "completion": "<image>"}
-
-    def _tell(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
-        picture = self._any_picture(rng, self.split.shown)
+    def _one_picture(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
+        split = self.split
+        picture = self._any_picture(rng, split.drawn if kind == "draw" else split.shown)
+        if kind == "draw":
+            return [picture], {"prompt": split.words(picture, rng), "completion": "<image>"}
         if kind == "describe":
-            return [picture], {"prompt": "<image>", "completion": self.split.words(picture, rng)}
-        return [picture], conversation([self.split.questions(picture, rng, self.mix.questions)])
+            return [picture], {"prompt": "<image>", "completion": split.words(picture, rng)}
+        return [picture], conversation([split.questions(picture, rng, self.mix.questions)])
+
+    def _from_picture(self, kind: str, rng: random.Random) -> tuple[list[Picture], dict]:
+        if kind == "edit":
+            edit = self.split.edits.draw(rng)
+            source, target, words = edit.source, edit.target, edit.instruct(rng)
+        else:
+            number = rng.choice(self.split.conditions)
+            source, target = ("scenes", number), self.split.origin(number)
+            words = conditional_prompt(self.split.scenes[number]["role"], self.split.words(target, rng), rng)
+        return [source, target], {"prompt": f"<image>{words}", "completion": "<image>"}
 
     def _finest(self, picture: Picture) -> torch.Tensor:
         """(k_0, C) features of one picture."""

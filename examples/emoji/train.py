@@ -53,7 +53,7 @@ def stages(
     if max_steps is not None:
         composing += ["--share", "0.01"]
     language_model = ["--scenes", scenes, "--cache", cache, "--encoder", encoder]
-    copying, tuned, drawn = runs / "mllm_copying", runs / "mllm_tuned", runs / "drawn"
+    copying, tuned = runs / "mllm_copying", runs / "mllm_tuned"
     decoding = ["--scenes", scenes, "--cache", cache]
 
     def decoder(scale: int) -> Stage:
@@ -70,10 +70,6 @@ def stages(
             trained("vae", "train_vae.py", vae, needs=("data",)),
         ]
     assembling = ["--runs", str(runs), "--out", str(out)]
-    drawing = [*sources, "--cache", str(cache), "--model", str(tuned), "--out", str(drawn)]
-    finest = ["--scale", "0", *decoding, "--drawn", drawn, "--pretrained", unets[0]]
-    if max_steps is not None:
-        drawing += ["--batches", "1"]
     return [
         Stage("data", "build_dataset.py", ["--out", str(data)], data),
         Stage("scenes", "build_scenes.py", composing, scenes, ("data",)),
@@ -89,15 +85,7 @@ def stages(
         trained("copying", "train_copying.py", copying, *decoding, "--pretrained", mllm, needs=("mllm",)),
         trained("tuned", "tune_language_model.py", tuned, *decoding, "--pretrained", copying, needs=("copying",)),
         *map(decoder, SCALES),
-        Stage("drawn", "draw_features.py", drawing, drawn, ("tuned",)),
-        trained("unet_0_tuned", "tune_decoder.py", runs / "unet_0_tuned", *finest, needs=("drawn", "unet_0")),
-        Stage(
-            "model",
-            "assemble.py",
-            assembling,
-            out / "model_index.json",
-            ("tuned", "unet_0_tuned", *(f"unet_{s}" for s in SCALES)),
-        ),
+        Stage("model", "assemble.py", assembling, out / "model_index.json", ("tuned", *(f"unet_{s}" for s in SCALES))),
     ]
 
 

@@ -106,35 +106,6 @@ class CachedPictures(Dataset):
         return {"latents": cache["latents"][row].float(), "features": cache["features"][row].float()}
 
 
-def held_out_rows(cache: str, data: str, scenes: str) -> CachedPictures:
-    split = "heldout_concept"
-    return CachedPictures(cache, split, load_pictures(data)[split], load_scenes(scenes)[split], turns=1)
-
-
-def train(
-    unet: PumaUNet2DConditionModel,
-    arguments: PumaDecoderTrainingArguments,
-    rows: Dataset,
-    held_out: CachedPictures,
-    out: str,
-) -> None:
-    """Trains on `rows`, evaluates on `held_out`, and writes `out`."""
-    trainer = PumaDecoderTrainer(
-        unet,
-        arguments,
-        noise_scheduler=noise_scheduler(),
-        null_features=held_out.caches[""]["null_features"],
-        train_dataset=rows,
-        eval_dataset=held_out,
-    )
-
-    def save(folder: str) -> dict:
-        trainer.save_model(folder)
-        return {"parameters": count_parameters(unet), "heldout_concept": trainer.evaluate()}
-
-    run_stage(trainer, out, save)
-
-
 def main() -> None:
     stage, arguments, decoder = parse_arguments(
         "unet", PRESETS, extra=DecoderArguments, training_arguments=PumaDecoderTrainingArguments
@@ -143,9 +114,12 @@ def main() -> None:
         return
     if arguments.max_steps < 0:
         arguments.max_steps = (MORE_STEPS if decoder.pretrained else MAX_STEPS)[stage.preset][decoder.scale]
-    pictures, scenes = load_pictures(stage.data)["train"], load_scenes(decoder.scenes)["train"]
-    rows = CachedPictures(decoder.cache, "train", pictures, scenes, turns=6)
-    cache = rows.caches[""]
+    pictures, scenes = load_pictures(stage.data), load_scenes(decoder.scenes)
+
+    def rows(split: str, turns: int) -> CachedPictures:
+        return CachedPictures(decoder.cache, split, pictures[split], scenes[split], turns)
+
+    cache = load_cache(decoder.cache, "train")
     num_tokens = cache["features"].shape[1] // 4**decoder.scale
     torch.manual_seed(arguments.seed)
     if decoder.pretrained:
@@ -153,7 +127,20 @@ def main() -> None:
     else:
         unet = build_decoder(num_tokens, cache["features"].shape[2], cache["latents"].shape[-1])
         standardize_projection(unet, *feature_statistics(cache["features"].split(512), num_tokens))
-    train(unet, arguments, rows, held_out_rows(decoder.cache, stage.data, decoder.scenes), stage.out)
+    trainer = PumaDecoderTrainer(
+        unet,
+        arguments,
+        noise_scheduler=noise_scheduler(),
+        null_features=cache["null_features"],
+        train_dataset=rows("train", turns=6),
+        eval_dataset=rows("heldout_concept", turns=1),
+    )
+
+    def save(folder: str) -> dict:
+        trainer.save_model(folder)
+        return {"parameters": count_parameters(unet), "heldout_concept": trainer.evaluate()}
+
+    run_stage(trainer, stage.out, save)
 
 
 if __name__ == "__main__":
