@@ -90,6 +90,6 @@ class PumaDPOTrainer(RowsMixin, DPOTrainer):
                 "merge that adapter into the model, or make one with puma_lora_config(model, token_ids=[])"
             )
 
-    def _freeze_encoder(self) -> None:
-        super()._freeze_encoder()
+    def _freeze(self) -> None:
+        super()._freeze()
         self.accelerator.unwrap_model(self.model).image_head.requires_grad_(False)

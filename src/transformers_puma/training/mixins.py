@@ -28,7 +28,7 @@ class PumaTrainerMixin(ResumableTrainerMixin):
                 f"projector_learning_rate={self.args.projector_learning_rate} has no part in an optimizer that is "
                 "given: set the rates of its groups"
             )
-        self._freeze_encoder()
+        self._freeze()
 
     def _puma_model(self) -> PumaModel:
         for module in self.model.modules():
@@ -36,14 +36,15 @@ class PumaTrainerMixin(ResumableTrainerMixin):
                 return module
         raise ValueError(f"model must be a PumaForConditionalGeneration, got a {type(self.model).__name__}")
 
-    def _freeze_encoder(self) -> None:
+    def _freeze(self) -> None:
+        """What is not trained: here the encoder."""
         self._puma_model().vision_tower.requires_grad_(False)
 
     def create_optimizer(self, model=None):
         """Stock groups (with and without weight decay), each split in two where the projector has its own rate."""
         if self.optimizer is not None:  # the caller's, or that of an earlier `train()`, whose groups are split
             return self.optimizer
-        self._freeze_encoder()  # the model may be a new one, of `model_init`
+        self._freeze()  # the model may be a new one, of `model_init`
         optimizer = super().create_optimizer(model)
         if self.args.projector_learning_rate is not None:
             names = {id(parameter): name for name, parameter in (model or self.model).named_parameters()}
