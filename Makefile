@@ -19,7 +19,7 @@ report: .venv/.test | data/emoji-evaluation data/stamps runs/emoji/judge runs/em
 	$(BIN)/python examples/emoji/report.py --data data/stamps --out runs/emoji/report-stamps --count 32
 	$(BIN)/python examples/emoji/compare_scales.py --steps 80
 
-data/emoji:
+data/emoji: | .venv/.test
 	$(BIN)/python examples/emoji/build_dataset.py --out $@
 
 data/emoji-scenes: | data/emoji
@@ -28,7 +28,7 @@ data/emoji-scenes: | data/emoji
 data/emoji-evaluation: | data/emoji-scenes
 	$(BIN)/python examples/emoji/emoji_evaluation.py --out $@
 
-data/stamps:
+data/stamps: | .venv/.test
 	$(BIN)/python examples/emoji/build_stamps.py --out $@
 
 runs/emoji/cache: | data/emoji-scenes
