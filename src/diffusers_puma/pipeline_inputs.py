@@ -146,12 +146,12 @@ def check_features(
 def check_size(height: int, width: int, factor: int) -> None:
     """Raises `ValueError` for a picture size (pixels) that a VAE which shrinks by `factor` cannot make."""
     for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value <= 0 or value % factor:
+        if not isinstance(value, Integral) or value <= 0 or value % factor:
             raise ValueError(f"{name} must be a positive multiple of {factor}, got {value!r}")
 
 
 def check_at_least_one(value: int, name: str) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 

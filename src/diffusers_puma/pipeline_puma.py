@@ -129,8 +129,14 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         """As `DiffusionPipeline.save_pretrained`.
 
         Raises:
-            ValueError: a decoder with LoRA layers, whose weights would be saved under names that nothing reads.
+            ValueError: a decoder with LoRA layers, whose weights would be saved under names that nothing reads, or a
+                language model with such, which diffusers would leave out.
         """
+        if self.mllm is not None and has_lora_layers(self.mllm):
+            raise ValueError(
+                "the language model holds LoRA layers: save those by its own save_pretrained, and the pipeline with "
+                "mllm=peft_model.merge_and_unload() in it"
+            )
         adapted = [scale for scale in self.scales if has_lora_layers(self._unet(scale))]
         if adapted:
             raise ValueError(

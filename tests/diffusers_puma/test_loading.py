@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoModel as AutoDiffusersModel
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
@@ -262,6 +262,18 @@ class TestLora:
         decoder_pipeline.save_pretrained(tmp_path / "pipeline")
         again = PumaPipeline.from_pretrained(tmp_path / "pipeline")
         torch.testing.assert_close(image(again), expected, atol=1e-4, rtol=0)
+
+    def test_a_language_model_with_an_adapter_draws_and_is_saved_once_merged(self, full_pipeline, tmp_path):
+        settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        full_pipeline.mllm = get_peft_model(full_pipeline.mllm, settings)
+        features = full_pipeline("a", scale=4, output_type="latent").image_features[4]
+        with pytest.raises(ValueError, match="the language model holds LoRA layers"):
+            full_pipeline.save_pretrained(tmp_path / "pipeline")
+        assert not (tmp_path / "pipeline").exists()
+        full_pipeline.mllm = full_pipeline.mllm.merge_and_unload()
+        full_pipeline.save_pretrained(tmp_path / "pipeline")
+        again = PumaPipeline.from_pretrained(tmp_path / "pipeline")
+        torch.testing.assert_close(again("a", scale=4, output_type="latent").image_features[4], features)
 
     def test_empty_layers_that_a_deleted_adapter_leaves_are_not_saved(self, decoder_pipeline, tmp_path):
         expected = image(decoder_pipeline)

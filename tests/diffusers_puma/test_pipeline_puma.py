@@ -88,6 +88,11 @@ class TestDecoding:
         plain = draw(decoder_pipeline, image=pictures[:1], scale=3)
         assert torch.equal(images[3] if isinstance(scale, list) else images, plain)
 
+    def test_whole_numbers_of_numpy_are_whole_numbers(self, decoder_pipeline, pictures):
+        sizes = dict(height=np.int64(16), width=np.int64(24), num_inference_steps=np.int64(2))
+        images = draw(decoder_pipeline, image=pictures[0], num_images_per_prompt=np.int64(2), **sizes)
+        assert images.shape == (2, 3, 16, 24)
+
     def test_list_of_scales_gives_a_dict_in_its_order(self, decoder_pipeline, pictures):
         output = decoder_pipeline(image=pictures[:2], scale=[3, 1])
         assert list(output.images) == [3, 1]
