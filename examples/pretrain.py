@@ -3,8 +3,8 @@
     accelerate launch --config_file examples/accelerate/zero3.yaml examples/pretrain.py \\
         examples/configs/pretraining.yaml --model puma-8b --data_root /data
 
-Every argument of the YAML file can be given on the command line, which wins. The same command again continues from the
-last whole checkpoint.
+Every argument of the YAML file but its sources can be given on the command line, which wins. The same command again
+continues from the last whole checkpoint.
 """
 
 from dataclasses import dataclass, field

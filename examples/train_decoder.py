@@ -3,8 +3,8 @@
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train_decoder.py \\
         examples/configs/decoders.yaml --model puma-8b --scale 3 --data_root /data
 
-Every argument of the YAML file can be given on the command line, which wins. The same command again continues from the
-last whole checkpoint. The trained decoder is `OUTPUT_DIR/unet_SCALE`.
+Every argument of the YAML file but its sources can be given on the command line, which wins. The same command again
+continues from the last whole checkpoint. The trained decoder is `OUTPUT_DIR/unet_SCALE`.
 """
 
 from dataclasses import dataclass, field

@@ -4,8 +4,9 @@
         examples/configs/editing.yaml --model runs/pretraining --data_root /data
 
 With `--lora_r 64` only an adapter of the backbone, projector, image head and the rows of PUMA's tokens are trained
-and saved; `--load_in_4bit true` (QLoRA) keeps the frozen weights in four bits. Every argument of the YAML file can be
-given on the command line, which wins. The same command again continues from the last whole checkpoint.
+and saved; `--load_in_4bit true` (QLoRA) keeps the frozen weights in four bits. Every argument of the YAML file but
+its sources can be given on the command line, which wins. The same command again continues from the last whole
+checkpoint.
 """
 
 from dataclasses import dataclass, field

@@ -10,9 +10,9 @@ writes one data set (`datasets.load_from_disk`), a pure function of the data and
   prompts      prompt, target, type (emoji, scene), split, style, names, concepts, boxes (of a scene's objects):
                pictures to draw from words
 Scenes that are asked about are scattered, those to be drawn are centred (see build_scenes.py).
-Names, and what is asked with names, need known concepts: those come from the split heldout_pair. What can be seen
-without knowing the concept (style, group, colour, counting, position, edits, conditions) comes from heldout_concept
-too. The questions without boxes can be asked as they are:
+Names, and what is asked with names, need known concepts: those come from the split heldout_pair. Style, group, colour,
+counting and position (of which half of the answers are names, not to be known there) come from heldout_concept too,
+edits and conditions from there alone. The questions without boxes can be asked as they are:
 
     puma eval understanding --benchmark questions --data data/emoji-evaluation --split questions --model M --out O
 """
@@ -38,7 +38,7 @@ EDITS = Features({"image": PICTURE, **TASK})
 PROMPTS = Features(
     {**TASK, "style": TEXT, "names": List(TEXT), "concepts": List(TEXT), "boxes": List(List(Value("int32")))}
 )
-# Questions that only a known concept can answer; the others say less of memory when the concept is new.
+# Questions that nothing but a known concept can answer; the others say less of memory when the concept is new.
 NEEDS_NAMES = ("name", "region", "grounding", "yes/no")
 
 

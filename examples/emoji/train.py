@@ -1,12 +1,13 @@
 """Train the whole small PUMA, from the downloads to the model folder, with one command:
 
-    python examples/emoji/train.py --out hub_configs/puma-emoji
+    python examples/emoji/train.py --out runs/emoji/puma-emoji
 
 With `--pretrained` encoder and VAE are those of a trained model folder, whose decoders are trained on; the language
 model is trained anew.
 
 Each stage is a script of this folder that resumes from its last checkpoint and is skipped once its result is there,
-so the same command continues a run that was killed. Stages that don't need each other run side by side.
+so the same command continues a run that was killed. After `make report`, which puts the shipped encoder and VAE into
+runs/emoji, give another `--runs` to train them too. Stages that don't need each other run side by side.
 """
 
 import argparse
@@ -177,6 +178,9 @@ def main() -> None:
         arguments.max_steps,
         arguments.pretrained,
     )
+    *parts, model = todo
+    if model.result.exists() and not all(part.result.exists() for part in parts):
+        raise SystemExit(f"{arguments.out} holds a model already: expected --out to be a new folder")
     run(todo, arguments.runs, arguments.jobs)
     print(f"the model is in {arguments.out}")
 

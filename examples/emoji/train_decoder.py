@@ -34,7 +34,7 @@ PRESETS = {
     "gpu": dict(per_device_train_batch_size=256, learning_rate=1e-3, warmup_steps=1000, save_steps=5000, **COMMON),
 }
 # Steps by scale: as in the report, the finer a decoder's features, the more there is to learn.
-MAX_STEPS = {"cpu": (2100, 1500, 1150, 700, 700), "gpu": (80000, 60000, 40000, 30000, 20000)}
+MAX_STEPS = {"cpu": (1850, 1300, 1000, 600, 600), "gpu": (80000, 60000, 40000, 30000, 20000)}
 # Of a decoder that starts from a trained one.
 MORE_STEPS = {"cpu": (400, 800, 900, 1200, 700), "gpu": (20000, 20000, 20000, 20000, 20000)}
 

@@ -46,7 +46,7 @@ from transformers_puma.image_processing_puma import PumaImageProcessor
 
 PRESETS = {
     "cpu": dict(
-        max_steps=1400,
+        max_steps=1250,
         low_resolution_steps=900,
         per_device_train_batch_size=96,
         learning_rate=1e-3,

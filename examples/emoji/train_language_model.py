@@ -33,7 +33,7 @@ from transformers_puma.training import PumaTrainer, PumaTrainingArguments, stand
 COMMON = dict(lr_scheduler_type="cosine", weight_decay=0.05, max_grad_norm=5.0, feature_noise=0.3, eval_on_start=False)
 PRESETS = {
     "cpu": dict(
-        max_steps=3500, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=200, save_steps=500, **COMMON
+        max_steps=3200, per_device_train_batch_size=32, learning_rate=1e-3, warmup_steps=200, save_steps=500, **COMMON
     ),
     "gpu": dict(
         max_steps=30000,

@@ -27,7 +27,7 @@ from torch import nn
 
 PRESETS = {
     "cpu": dict(
-        max_steps=4800,
+        max_steps=4300,
         per_device_train_batch_size=8,
         learning_rate=1.5e-3,
         warmup_steps=100,

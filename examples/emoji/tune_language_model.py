@@ -20,7 +20,7 @@ from transformers_puma.training import PumaTrainingArguments, puma_lora_config
 TUNING = COMMON | dict(own_feature_share=0.6)
 PRESETS = {
     "cpu": dict(
-        max_steps=900,
+        max_steps=800,
         per_device_train_batch_size=32,
         learning_rate=8e-4,
         warmup_steps=50,

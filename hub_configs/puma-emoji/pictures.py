@@ -8,8 +8,10 @@ from transformers.image_utils import get_image_size, to_numpy_array
 
 def as_rgb(picture: Image.Image) -> Image.Image:
     """Upright, 16-bit grey in 8 bits, transparent parts on white."""
+    # Pillow reads a PGM of 16 bits as "I". `convert` alone would clip it, nearly all to white.
+    is_16_bit = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM")
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16"):  # `convert` alone would clip it, nearly all to white
+    if is_16_bit:
         picture = picture.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
     if not picture.has_transparency_data:
         return picture.convert("RGB")

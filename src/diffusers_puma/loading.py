@@ -24,6 +24,7 @@ from puma_files import read_json, read_safetensors_header
 
 from .unet_puma import PumaUNet2DConditionModel
 
+_INDEX_STEM = SAFE_WEIGHTS_INDEX_NAME.removesuffix(".json")
 WEIGHT_FILES = "model*.safetensors*"  # whole, sharded, variants, and their indexes
 COMPONENTS = {
     "transformers_puma": ["PumaForConditionalGeneration", "PumaProcessor"],
@@ -112,7 +113,7 @@ def write_language_model_root(folder: Path) -> None:
     """Makes a saved pipeline a folder of transformers too, without a second copy of any weight.
 
     Configuration, processor, tokenizer and custom code are copied from `mllm/` and `processor/` to the root, beside a
-    weight index that points into `mllm/`.
+    weight index that points into `mllm/`. Weights of a language model that was saved at the root before are removed.
     """
     for component in ("mllm", "processor"):
         for file in (folder / component).glob("*"):
@@ -121,12 +122,25 @@ def write_language_model_root(folder: Path) -> None:
     for name, index in _weight_indexes(folder / "mllm").items():
         index["weight_map"] = {key: f"mllm/{file}" for key, file in index["weight_map"].items()}
         (folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for pattern in superseded_weights(folder):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def superseded_weights(folder: Path) -> list[str]:
+    """Patterns of the weight files at the root of a saved pipeline that transformers would read rather than those in
+    `mllm/`, which an index names: a language model that was there before."""
+    variants = [
+        index.name.removeprefix(_INDEX_STEM).removesuffix(".json")
+        for index in folder.glob(f"{_INDEX_STEM}*.json")
+        if any(file.startswith("mllm/") for file in read_json(index)["weight_map"].values())
+    ]
+    return [f"model{variant}{part}.safetensors" for variant in variants for part in ("", "-*-of-*")]
 
 
 def _weight_indexes(folder: Path) -> dict[str, dict]:
     """`{file name: index}` of a model's safetensors weights, whole or sharded, in each variant that is there."""
-    stem, suffix = SAFE_WEIGHTS_INDEX_NAME.removesuffix(".json"), ".json"
-    indexes = {file.name: read_json(file) for file in folder.glob(f"{stem}*{suffix}")}
+    indexes = {file.name: read_json(file) for file in folder.glob(f"{_INDEX_STEM}*.json")}
     for file in folder.glob("model*.safetensors"):
         if "-of-" in file.name:
             continue
@@ -134,5 +148,5 @@ def _weight_indexes(folder: Path) -> dict[str, dict]:
         header = read_safetensors_header(file)
         sizes = [tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in header.values()]
         weight_map = dict.fromkeys(header, file.name)
-        indexes[f"{stem}{variant}{suffix}"] = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        indexes[f"{_INDEX_STEM}{variant}.json"] = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
     return indexes

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub import CommitInfo, upload_folder
 from PIL import Image
 from transformers import CLIPVisionModel
 
@@ -20,7 +21,7 @@ from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 
 from .decoder_stage import DecoderStageMixin, Generators, StepCallback
 from .feature_stage import Features, FeatureStageMixin
-from .loading import bring_in, restore_generation_config, write_language_model_root
+from .loading import bring_in, restore_generation_config, superseded_weights, write_language_model_root
 from .lora_puma import PumaLoraLoaderMixin, has_lora_layers
 from .pipeline_inputs import (
     NUM_SCALES,
@@ -156,6 +157,26 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         if self.mllm is not None and (Path(save_directory) / "mllm").is_dir():
             write_language_model_root(Path(save_directory))
+
+    def _upload_folder(
+        self,
+        working_dir: str,
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> CommitInfo:
+        """As in diffusers, but a language model that was at the root before gives way to the one in `mllm/`."""
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=working_dir,
+            path_in_repo=subfolder,
+            token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+            delete_patterns=superseded_weights(Path(working_dir)),
+        )
 
     @property
     def scales(self) -> list[int]:

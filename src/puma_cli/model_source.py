@@ -122,12 +122,16 @@ def checkout_model() -> Path | None:
 
 def _download(name: str, file: str) -> Path | None:
     """A file of a model on the Hub, None if the model has no such file."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, file))
     except RemoteEntryNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        # Without a network the cache knows of the files that were not there when it could be reached.
+        is_offline = isinstance(error, LocalEntryNotFoundError)
+        if is_offline and try_to_load_from_cache(name, file) is _CACHED_NO_EXIST:
+            return None
         raise UserError(f"there is no folder {name}, and no such model from the Hub: {one_line(error)}") from error

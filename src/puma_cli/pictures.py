@@ -30,21 +30,18 @@ def decode_picture(file: Path | IO[bytes], name: str) -> "Image.Image":
 
     try:
         with Image.open(file) as opened:
-            picture = _in_8_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
+            # As in `transformers_puma.pictures`, whose import takes longer than telling of a user's mistake may.
+            is_16_bit = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PPM")
+            picture = ImageOps.exif_transpose(opened)
+            if is_16_bit:
+                picture = picture.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
+            picture = picture.convert("RGBA")
     except UnidentifiedImageError as error:
         raise UserError(f"not a picture: {name}") from error
     except Exception as error:  # the decoders raise errors of all kinds on damaged files
         raise UserError(f"cannot read the picture {name}: {one_line(error)}") from error
     background = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(background, picture).convert("RGB")
-
-
-# As in `transformers_puma.pictures`, whose import takes longer than telling of a user's mistake may.
-def _in_8_bits(picture: "Image.Image") -> "Image.Image":
-    """16-bit grey in 8 bits, any other picture as it is: `convert` alone would clip 16 bits, nearly all to white."""
-    if not picture.mode.startswith("I;16"):
-        return picture
-    return picture.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
 
 
 def check_output(file: str | Path) -> Path:

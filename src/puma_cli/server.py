@@ -16,6 +16,7 @@ request at a time, in a thread of its own, and a streamed answer ends when its c
 import argparse
 import asyncio
 import base64
+import copy
 import io
 import json
 import time
@@ -24,7 +25,7 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
@@ -149,6 +150,8 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
     """
     app = FastAPI(title="PUMA")
     worker = ThreadPoolExecutor(1)  # all that the model does: one request at a time
+    # Of conversations, beside what is drawn: a tokenizer that two threads use takes text for special tokens at times.
+    reader, reading = copy.deepcopy(pipe.processor), Lock()
     if Path(name).is_dir():
         name = Path(name).resolve().name
     sizes = [getattr(pipe, f"unet_{scale}").config.sample_size for scale in pipe.scales]
@@ -206,7 +209,9 @@ def build_app(pipe: PumaPipeline, name: str) -> FastAPI:
         check_model(request.model)
         if pipe.mllm is None or pipe.processor is None:
             raise UserError(f"an answer needs a language model, and {name} has none")
-        inputs = prepare(pipe.processor, read_messages(request.messages))
+        conversation = read_messages(request.messages)
+        with reading:
+            inputs = prepare(reader, conversation)
         options = AnswerOptions(
             request.max_completion_tokens or request.max_tokens, request.temperature, request.top_p
         )

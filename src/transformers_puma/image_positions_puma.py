@@ -96,7 +96,7 @@ def blockwise_causal_mask(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         position_ids=position_ids,
-        block_sequence_ids=F.pad(blocks, (past, 0), value=-1),
+        block_sequence_ids=F.pad(blocks, (past, 0), value=-1).to(inputs_embeds.device),
         **{CACHE: cache},
     )
 
@@ -107,8 +107,9 @@ def splice(
     """Image states (n, S, H) in place of the embeddings (B, T, H) where `read` (B, T) holds; static shapes
     throughout."""
     flat = (positions.image * states.shape[1] + positions.offset).clamp(0, states.shape[0] * states.shape[1] - 1)
-    gathered = states.flatten(0, 1)[flat].to(inputs_embeds.device, inputs_embeds.dtype)
-    return torch.where(read.unsqueeze(-1), gathered, inputs_embeds)
+    # Ids, states and embeddings may each be on a device of their own.
+    gathered = states.flatten(0, 1)[flat.to(states.device)].to(inputs_embeds.device, inputs_embeds.dtype)
+    return torch.where(read.unsqueeze(-1).to(inputs_embeds.device), gathered, inputs_embeds)
 
 
 def with_noise(features: torch.Tensor, feature_noise: float, num_tokens: int) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """Pixels for the encoder: straight resize to its size, CLIP mean and standard deviation (report section 3.1)."""
 
+import base64
 import os
+from io import BytesIO
 
+from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers.image_utils import PILImageResampling
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -20,11 +23,18 @@ class PumaImageProcessor(CLIPImageProcessorPil):
     do_center_crop = False
 
     def fetch_images(self, image_url_or_urls):
-        """As in transformers, but a file's transparent parts are white too, and its 16-bit grey is not clipped."""
-        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
-            with Image.open(image_url_or_urls) as picture:
-                return as_rgb(picture)
-        return super().fetch_images(image_url_or_urls)
+        """As in transformers, but of files and URLs too transparent parts are white and 16-bit grey is not clipped."""
+        source = image_url_or_urls
+        if not isinstance(source, str):
+            return super().fetch_images(source)
+        if source.startswith(("http://", "https://")):
+            source = BytesIO(httpx.get(source, follow_redirects=True, timeout=None).raise_for_status().content)
+        elif source.startswith("data:image/"):
+            source = BytesIO(base64.b64decode(source.partition(",")[2]))
+        elif not os.path.isfile(source):
+            return super().fetch_images(source)
+        with Image.open(source) as picture:
+            return as_rgb(picture)
 
     def convert_to_rgb(self, image, input_data_format=None):
         """Of a PIL picture what `as_rgb` gives: upright, for one."""

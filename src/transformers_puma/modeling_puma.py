@@ -248,7 +248,7 @@ class PumaModel(PumaPreTrainedModel):
         elif input_ids is not None:
             blank = 0 * self._blank_image(input_ids.device) if run_image_modules else None
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            inputs_embeds = inputs_embeds if blank is None else inputs_embeds + blank
+            inputs_embeds = inputs_embeds if blank is None else inputs_embeds + blank.to(inputs_embeds.device)
 
         if attention_blocks is not None:
             attention_mask = blockwise_causal_mask(

@@ -151,6 +151,18 @@ class TestLanguageModelRoot:
             sizes = [weights.get_tensor(key).nbytes for key in weights.keys()]
         assert index["metadata"]["total_size"] == sum(sizes)
 
+    def test_a_language_model_that_was_there_gives_way(self, full_pipeline, tmp_path):
+        full_pipeline.mllm.save_pretrained(tmp_path, max_shard_size="40KB")
+        full_pipeline.mllm.save_pretrained(tmp_path / "whole")
+        (tmp_path / "whole/model.safetensors").rename(tmp_path / "model.safetensors")
+        (tmp_path / "model.fp16.safetensors").touch()  # a variant that is not saved now
+        with torch.no_grad():
+            full_pipeline.mllm.image_head.weight += 1
+        full_pipeline.save_pretrained(tmp_path)
+        model = AutoModelForMultimodalLM.from_pretrained(tmp_path)
+        assert torch.equal(model.image_head.weight, full_pipeline.mllm.image_head.weight)
+        assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.fp16.safetensors"]
+
     def test_folder_holds_the_code(self, full_pipeline, tmp_path):
         full_pipeline.save_pretrained(tmp_path)
         auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
@@ -174,6 +186,9 @@ from transformers import AutoModelForMultimodalLM
 from diffusers_puma import PumaPipeline
 
 folder, copy = sys.argv[1:]
+before = AutoModelForMultimodalLM.from_pretrained(folder)
+before.image_head.weight.data += 1
+before.push_to_hub("tester/pushed")
 PumaPipeline.from_pretrained(folder).save_pretrained(copy, push_to_hub=True, repo_id="tester/pushed")
 DiffusionPipeline.from_pretrained("tester/pushed").save_pretrained(f"{copy}-pipeline")
 AutoModelForMultimodalLM.from_pretrained("tester/pushed").save_pretrained(f"{copy}-model")

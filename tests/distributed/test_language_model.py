@@ -68,6 +68,14 @@ def compare(folder: Path, name: str) -> None:
         assert [float(e[key]) for e in found if key in e] == pytest.approx([float(e[key]) for e in expected], rel=1e-3)
 
 
+def compare_evaluation(folder: Path, name: str) -> None:
+    """Of three rows, which two processes cannot share evenly."""
+    expected, found = (json.loads((folder / run / "evaluated.json").read_text()) for run in ("one", name))
+    measured = [key for key in expected if key == "eval_loss" or key.endswith("_loss") or "mse_scale" in key]
+    assert len(measured) > 3
+    assert {key: found[key] for key in measured} == pytest.approx({key: expected[key] for key in measured}, rel=1e-3)
+
+
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
@@ -75,9 +83,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_data_parallel_and_sharded_by_torch(folder):
     torchrun(RUNS, str(folder), "ddp", "fsdp2")
     compare(folder, "ddp")
+    compare_evaluation(folder, "ddp")
     compare(folder, "fsdp2")
 
 
 def test_sharded_by_deepspeed(folder):
     torchrun(RUNS, str(folder), "zero3", DS_ACCELERATOR="cpu")
     compare(folder, "zero3")
+    compare_evaluation(folder, "zero3")

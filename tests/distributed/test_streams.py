@@ -29,6 +29,7 @@ FILES = [(0, 1, 2, 3, 4), (5, 6, 7)]
 OPTIONS = {
     "max_steps": 4,
     "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
     "save_strategy": "no",
     "report_to": "none",
     "use_cpu": True,
@@ -60,8 +61,12 @@ def number_of(row: dict) -> int:
     return int(row["features"][0, 0] if "features" in row else row["prompt"])
 
 
+def make_stream(kind: str) -> IterableDataset:
+    return IterableDataset.from_generator(read, gen_kwargs={"files": FILES, "kind": kind})
+
+
 def make_trainer(kind: str, folder: Path) -> Trainer:
-    stream = IterableDataset.from_generator(read, gen_kwargs={"files": FILES, "kind": kind})
+    stream = make_stream(kind)
     if kind == "decoder":
         components = {"null_features": torch.zeros(1, 16, tiny.CHANNELS)}
         return tiny.trainer(folder, train_dataset=stream, components=components, **OPTIONS)
@@ -72,7 +77,7 @@ def make_trainer(kind: str, folder: Path) -> Trainer:
 
 
 def main(folder: str) -> None:
-    """Leaves in `folder`/`kind`_`rank`.json the numbers of the rows that this process read."""
+    """Leaves in `folder`/`kind`_`rank`.json the rows that this process read, to train and to evaluate."""
     for kind in KINDS:
         trainer, seen = make_trainer(kind, Path(folder, kind)), []
         collate = trainer.data_collator
@@ -80,8 +85,12 @@ def main(folder: str) -> None:
             seen.extend(map(number_of, rows)) or collate(rows)
         )
         trainer.train()
+        numbers = [list(seen)]
+        seen.clear()
+        trainer.evaluate(make_stream(kind))
+        numbers.append(seen)
         assert dist.get_world_size() == trainer.accelerator.num_processes == 2
-        Path(folder, f"{kind}_{dist.get_rank()}.json").write_text(json.dumps(seen))
+        Path(folder, f"{kind}_{dist.get_rank()}.json").write_text(json.dumps(numbers))
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +102,15 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_process_reads_its_own_file_again_and_again(folder, kind):
-    seen = [json.loads((folder / f"{kind}_{rank}.json").read_text()) for rank in range(2)]
+    seen = [json.loads((folder / f"{kind}_{rank}.json").read_text())[0] for rank in range(2)]
     assert seen[0][:8] == [0, 1, 2, 3, 4, 0, 1, 2]
     assert seen[1][:8] == [5, 6, 7, 5, 6, 7, 5, 6]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_shares_batches_evenly(folder, kind):
+    seen = [json.loads((folder / f"{kind}_{rank}.json").read_text())[1] for rank in range(2)]
+    assert seen == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -54,6 +54,7 @@ def make_arguments(folder: Path, num_processes: int, **options) -> PumaTrainingA
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=GLOBAL_BATCH // num_processes,
+        per_device_eval_batch_size=1,
         learning_rate=1e-3,
         projector_learning_rate=2e-3,
         train_sampling_strategy="sequential",
@@ -74,9 +75,11 @@ def run_trainer(arguments: PumaTrainingArguments, model: PumaForConditionalGener
     trainer = make_trainer(arguments, model)
     trainer.train()
     trainer.save_model()
+    evaluated = trainer.evaluate(make_rows()[:3])  # not as many for each process
     if trainer.is_world_process_zero():
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         Path(arguments.output_dir, "losses.json").write_text(json.dumps(history))
+        Path(arguments.output_dir, "evaluated.json").write_text(json.dumps(evaluated))
     return trainer
 
 

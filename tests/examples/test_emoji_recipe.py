@@ -124,6 +124,14 @@ def test_stages_from_a_trained_model(tmp_path):
     assert by_name["unet_2"].arguments[-2:] == ["--pretrained", "trained/unet_2"]
 
 
+def test_a_folder_that_holds_another_model_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match="holds a model already: expected --out to be a new folder"):
+        train.main()
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_a_stage_that_fails_stops_the_run_and_says_why(tmp_path):
     broken = train.Stage("broken", "build_dataset.py", ["--no-such-option"], tmp_path / "never")
     with pytest.raises(SystemExit, match="(?s)no-such-option.*broken failed with status 2"):

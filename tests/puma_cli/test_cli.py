@@ -401,6 +401,10 @@ class TestPictures:
         assert Image.open(file).mode == mode
         assert np.array(read_picture(file)).tolist() == [[[value] * 3 for value in (0, 1, 7, 8, 255)]]
 
+    def test_a_pgm_of_16_bits(self, tmp_path):
+        (tmp_path / "a.pgm").write_bytes(b"P5 4 1 65535\n" + np.array([0, 16384, 32768, 65535], dtype=">u2").tobytes())
+        assert np.array(read_picture(tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 64, 128, 255]
+
     def test_cut_off(self, tmp_path):
         Image.new("RGB", (16, 16), "red").save(tmp_path / "a.qoi")
         (tmp_path / "a.qoi").write_bytes((tmp_path / "a.qoi").read_bytes()[:15])  # its decoder raises an IndexError

@@ -8,7 +8,9 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -23,10 +25,11 @@ from gradio_client.exceptions import AppError
 from PIL import Image, ImageChops
 
 from diffusers_puma import PumaPipeline
-from puma_cli import main
+from puma_cli import main, server
+from puma_cli.answering import prepare
 from puma_cli.pictures import read_picture
 from puma_cli.server import build_app
-from transformers_puma import PumaForConditionalGeneration
+from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 
 PICTURE = Path(__file__).parents[1] / "parity" / "data" / "official_release_tiny" / "input.png"
 QUESTION = "what is it?"
@@ -120,6 +123,23 @@ def assert_in_turn(answers: list[list[int]]) -> None:
 
 
 class TestServe:
+    def test_no_two_threads_use_one_tokenizer(self, pipe, monkeypatch):
+        """It takes text for special tokens then, at times."""
+        used: list[tuple[str, PumaProcessor]] = []
+
+        def watch(processor, conversation):
+            used.append(("begin", processor))
+            time.sleep(0.2)
+            inputs = prepare(processor, conversation)
+            used.append(("end", processor))
+            return inputs
+
+        monkeypatch.setattr(server, "prepare", watch)
+        with serving(pipe) as client, ThreadPoolExecutor() as threads:
+            list(threads.map(lambda _: ask(client, max_tokens=1), range(3)))
+        assert [moment for moment, _ in used] == ["begin", "end"] * 3
+        assert all(processor is not pipe.processor for _, processor in used)
+
     def test_pictures_from_words(self, client, pipe):
         given = {"scale": 2, "seed": 5, "steps": 2, "guidance": 3}
         response = client.images.generate(prompt="a cat", n=2, size="16x16", extra_body=given)

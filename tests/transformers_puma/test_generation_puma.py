@@ -276,7 +276,8 @@ def test_interleaved_generation_draws_with_the_models_own_config(model, processo
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a model spread over two GPUs needs two")
 @pytest.mark.parametrize("image_head", ["regression", "flow"])
-def test_a_model_spread_over_two_gpus(processor, picture, image_head):
+@pytest.mark.parametrize("embedding", [0, 1])
+def test_a_model_spread_over_two_gpus(processor, picture, image_head, embedding):
     model = make_model(processor, image_head=image_head)
     inputs = processor(text="<image>a<image>", images=[[picture, picture]], return_tensors="pt")
     inputs |= {"labels": inputs["input_ids"], "image_loss_mask": torch.tensor([False, True])}
@@ -290,10 +291,16 @@ def test_a_model_spread_over_two_gpus(processor, picture, image_head):
         return outputs.text_loss, outputs.logits, features[1]
 
     expected = run("cpu")
-    first = {"model.vision_tower", "model.projector", "model.language_model.embed_tokens"}
-    first |= {"model.language_model.rotary_emb", "model.language_model.layers.0"}
+    first = {
+        "model.vision_tower",
+        "model.projector",
+        "model.language_model.rotary_emb",
+        "model.language_model.layers.0",
+    }
     last = {"model.language_model.layers.1", "model.language_model.norm", "image_head", "lm_head"}
-    model = dispatch_model(model, dict.fromkeys(first, 0) | dict.fromkeys(last, 1))
+    model = dispatch_model(
+        model, dict.fromkeys(first, 0) | dict.fromkeys(last, 1) | {"model.language_model.embed_tokens": embedding}
+    )
     for ours, theirs in zip(run("cuda:0"), expected, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-4)
 

@@ -1,3 +1,8 @@
+import base64
+import functools
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
 import pytest
 import torch
@@ -250,15 +255,24 @@ def test_a_picture_may_be_a_path(processor, picture, tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "colour"), [("RGBA", (9, 90, 200, 60)), ("I;16", 30000), ("P", 3)])
-def test_a_file_is_read_as_the_picture_in_it_is(processor, mode, colour, tmp_path):
-    """Transparent parts white, and 16-bit grey not clipped, from either."""
+def test_a_file_or_a_url_is_read_as_the_picture_in_it_is(processor, mode, colour, tmp_path):
+    """Transparent parts white, and 16-bit grey not clipped, from any."""
     picture = Image.new(mode, (40, 30), colour)
     if mode == "P":
         picture.info["transparency"] = 3
     picture.save(tmp_path / "picture.png")
     file = tmp_path / "picture.png"
-    read = [processor(images=given, text="<image>", return_tensors="np") for given in (Image.open(file), str(file))]
-    assert np.array_equal(read[0]["pixel_values"], read[1]["pixel_values"])
+    data = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/picture.png"
+        read = [
+            processor(images=given, text="<image>", return_tensors="np")["pixel_values"]
+            for given in (Image.open(file), str(file), data, url)
+        ]
+        server.shutdown()
+    assert all(np.array_equal(pixels, read[0]) for pixels in read[1:])
 
 
 def test_without_location_tokens(picture):

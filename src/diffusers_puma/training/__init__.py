@@ -1,4 +1,4 @@
-"""Training of decoders: one at a time, each for one scale (report sections 3.2 and 4.1)."""
+"""Training of decoders: one at a time, each for one scale (report sections 3.2 and A.1)."""
 
 from .arguments import PumaDecoderTrainingArguments
 from .callbacks import PumaDecoderSampleCallback

@@ -1,4 +1,4 @@
-"""Arguments of the decoders' training, with the report's values as defaults (section 4.1)."""
+"""Arguments of the decoders' training, with the report's values as defaults (section A.1.2)."""
 
 from dataclasses import dataclass, field
 

@@ -15,7 +15,7 @@ from diffusers.training_utils import compute_snr
 def sample_noise(latents: torch.Tensor, noise_offset: float, generator: torch.Generator | None = None) -> torch.Tensor:
     """Gaussian noise shaped like `latents`, plus `noise_offset` times one Gaussian number per picture and channel.
 
-    The offset teaches a decoder to move the mean of a whole picture (report section 4.1 trains with 0.1).
+    The offset teaches a decoder to move the mean of a whole picture (report section A.1.2 trains with 0.1).
     """
     options = {"generator": generator, "device": latents.device, "dtype": latents.dtype}
     shift = torch.randn(*latents.shape[:2], 1, 1, **options)

@@ -46,7 +46,7 @@ def collate_cached(rows: list[Row]) -> dict[str, torch.Tensor]:
 class PumaDecoderCollator:
     """Batches rows `{"image": PIL image}`; rows of cached `latents` and `features` are batched as they are.
 
-    The largest square in the middle of the picture is what the encoder and the VAE see (report section 4.1).
+    The largest square in the middle of the picture is what the encoder and the VAE see (report section A.1.1).
 
     Args:
         encoder_size: pixels of the encoder's input.

@@ -85,7 +85,8 @@ class PumaSampleCallback(SampleCallback):
         trainer, rows: see `SampleCallback`; rows are those of `PumaDataCollator`.
         decode: features `{scale: (1, k, C)}` of one image to a picture of it; without it there are no pictures. With a
             pipeline: `lambda features: pipe(image_features=features, scale=3).images[0]`.
-        scale: the finest scale to draw; each finer one costs four times the steps.
+        scale: the finest scale to draw. Written feature by feature (`autoregressive`), each finer one costs four times
+            the steps.
         max_new_tokens: where answers are cut.
     """
 

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,16 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
+class _WholeStream(torch.utils.data.IterableDataset):
+    """A stream whose files accelerate does not deal out to the processes."""
+
+    def __init__(self, stream: Iterable[dict]):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.stream)
+
+
 class ResumableTrainerMixin(Trainer):
     """Stands before the stock trainer, of transformers or TRL, among the bases of a trainer of PUMA.
 
@@ -77,7 +87,19 @@ class ResumableTrainerMixin(Trainer):
     - A checkpoint that cannot be written stops the run, and so does a loss that is not finite. The error names the
       last whole checkpoint. Weights that are not finite are never saved.
     - A stream (`datasets.IterableDataset`) starts anew where it ends.
+
+    Raises:
+        ValueError: one process sees several GPUs.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs, and {type(self).__name__} does not support "
+                "torch.nn.DataParallel: start one process for each with torchrun or accelerate launch, or set "
+                "CUDA_VISIBLE_DEVICES to one"
+            )
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock loop takes up the next epoch where a stream ends. But processes have shares of different length,
@@ -89,6 +111,15 @@ class ResumableTrainerMixin(Trainer):
             return super().get_train_dataloader()
         finally:
             self.train_dataset = once
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Of a stream each process reads its part of every global batch, the last filled up from the start: shares of
+        different length would leave the others waiting."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
+        if self.args.world_size > 1 and is_datasets_available() and isinstance(data, IterableDataset):
+            eval_dataset = _WholeStream(data)
+        return super().get_eval_dataloader(eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`, but True is no error where there is no checkpoint yet.

@@ -17,12 +17,6 @@ class PumaTrainerMixin(ResumableTrainerMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.args.n_gpu} GPUs, and {type(self).__name__} does not support "
-                "torch.nn.DataParallel: start one process for each with torchrun or accelerate launch, or set "
-                "CUDA_VISIBLE_DEVICES to one"
-            )
         if self.optimizer is not None and self.args.projector_learning_rate is not None:
             raise ValueError(
                 f"projector_learning_rate={self.args.projector_learning_rate} has no part in an optimizer that is "
@@ -179,7 +173,30 @@ class ModelLossMixin(PumaTrainerMixin):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if prediction_loss_only:
             inputs = {**inputs, "skip_logits": True}
+        gradient_state = self.accelerator.gradient_state
+        if gradient_state.end_of_dataloader and gradient_state.remainder > 0:
+            inputs = self._without_repeated(inputs, gradient_state.remainder)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _without_repeated(self, inputs: dict, num_left: int) -> dict:
+        """The last batch of an evaluation without supervision of the rows that only fill it up.
+
+        Args:
+            num_left: rows of the data set in this batch of all processes, which have them in their order.
+        """
+        own = num_left - self.args.process_index * self.args.eval_batch_size
+        image_token_id = self.accelerator.unwrap_model(self.model).config.image_token_id
+        labels = inputs["labels"]
+        row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+        if "position_ids" in inputs:  # packed: where they start anew a row begins
+            row = (inputs["position_ids"] == 0).cumsum(1) - 1
+        repeated = row >= own
+        inputs = {**inputs, "labels": labels.masked_fill(repeated, -100)}
+        if "image_loss_mask" in inputs:
+            positions = ImagePositions.find(inputs["input_ids"], image_token_id)
+            is_start = positions.mask & (positions.offset == 0)
+            inputs["image_loss_mask"] = inputs["image_loss_mask"] & ~repeated[is_start]
+        return inputs
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

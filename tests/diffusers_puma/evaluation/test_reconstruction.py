@@ -1,5 +1,6 @@
 """Table 1 on a tiny pipeline: hand-computed distances, and the same numbers in any batch."""
 
+import io
 import json
 
 import numpy as np
@@ -45,6 +46,11 @@ def test_grey_of_16_bits_becomes_8_bits(mode, order):
     data = np.array([0, 257, 7 * 257 + 128, 7 * 257 + 129, 65535], dtype=f"{order}u2").tobytes()
     picture = as_rgb(Image.frombytes(mode, (5, 1), data))
     assert np.array(picture).tolist() == [[[value] * 3 for value in (0, 1, 7, 8, 255)]]
+
+
+def test_a_pgm_of_16_bits_becomes_8_bits():
+    levels = np.array([0, 16384, 32768, 65535], dtype=">u2").tobytes()
+    assert np.array(as_rgb(Image.open(io.BytesIO(b"P5 4 1 65535\n" + levels))))[0, :, 0].tolist() == [0, 64, 128, 255]
 
 
 def test_scores_are_distances_of_the_pipelines_pictures(decoder_pipeline, pictures, lpips):

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 import diffusers_puma
 from diffusers_puma.training import (
+    PumaDecoderTrainer,
     PumaDecoderTrainingArguments,
     denoising_loss,
     draw,
@@ -46,6 +47,18 @@ def test_noise_offset_is_constant_over_each_channel():
     torch.manual_seed(0)
     means = sample_noise(torch.zeros(2000, 4, 8, 8), 0.1).mean(dim=(2, 3))
     assert means.var().item() == pytest.approx(1 / 64 + 0.1**2, rel=0.1)
+
+
+def test_several_gpus_in_one_process(tmp_path):
+    arguments = PumaDecoderTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="one process sees 2 GPUs, and PumaDecoderTrainer.*torchrun"):
+        PumaDecoderTrainer(
+            tiny_unet(),
+            arguments,
+            noise_scheduler=DDPMScheduler(**EPSILON),
+            null_features=torch.zeros(1, 16, CHANNELS),
+        )
 
 
 def test_draws_depend_on_nothing_but_the_key():

@@ -59,6 +59,8 @@ def test_broken_pairs(tmp_path, caplog):
         ([0, 5, 0.9, 0.1, 0.5, 0.9, 0.8], "has no area"),
         ([0, 99, 0.1, 0.1, 0.5, 0.9, 0.8], "lies outside the caption"),
         ([0, 5, 0.1, 0.1, 0.5], r"must be \[start, end"),
+        (None, r"must be \[start, end"),
+        ([0, 5, 0.1, 0.1, "0.5", 0.9, 0.8], r"must be \[start, end"),
     ],
 )
 def test_broken_boxes(tmp_path, caplog, entry, reason):
@@ -79,6 +81,9 @@ def conversation(*values: str) -> list[dict]:
     return [{"from": role, "value": value} for role, value in zip(("human", "gpt") * 2, values, strict=False)]
 
 
+SAID = conversation("What?", "This.")
+
+
 @pytest.mark.parametrize(
     "record, reason",
     [
@@ -92,6 +97,11 @@ def conversation(*values: str) -> list[dict]:
         ({"conversations": conversation("<image> What?", "This.")}, "1 <image> but there are 0"),
         ({"conversations": [{"from": "robot", "value": "What?"}]}, "from 'robot'"),
         ({"conversations": conversation("What?", "")}, "'value' is missing or empty"),
+        ({"conversations": ["What?", "This."]}, "must be a JSON object, got a str"),
+        ({"conversations": conversation("What? \ud83d", "This.")}, "'value' is no Unicode"),
+        ({"conversations": [{"from": ["human"], "value": "What?"}]}, "'from' must be a str, got a list"),
+        ({"conversations": [*SAID, {"from": "system", "value": "Be brief."}, *SAID]}, "turns must alternate"),
+        ({"image": 7, "conversations": SAID}, "'image' must be a path or a list of paths, got 7"),
     ],
 )
 def test_broken_conversations(tmp_path, caplog, record, reason):

@@ -182,14 +182,15 @@ def to_messages(conversation: list[dict[str, str]], num_images: int) -> list[dic
 
     Raises:
         BrokenSampleError: another number of `<image>` than of pictures; a turn without text; turns that do not
-            alternate, or that do not end with an answer.
+            alternate, or that do not end with an answer; a system message that is not the first.
     """
     messages = []
     for turn in conversation:
         value = field(turn, "value")
-        role = ROLES.get(turn.get("from"))
+        speaker = field(turn, "from")
+        role = ROLES.get(speaker)
         if role is None:
-            raise BrokenSampleError(f"a turn is from {turn.get('from')!r}; known are {', '.join(ROLES)}")
+            raise BrokenSampleError(f"a turn is from {speaker!r}; known are {', '.join(ROLES)}")
         pieces = [{"type": "text", "text": piece} for piece in map(plain, value.split(IMAGE))]
         parts = pieces[:1]
         for piece in pieces[1:]:
@@ -199,7 +200,7 @@ def to_messages(conversation: list[dict[str, str]], num_images: int) -> list[dic
             raise BrokenSampleError(f"a turn without text: {value!r}")
         messages.append({"role": role, "content": parts})
 
-    turns = [message for message in messages if message["role"] != "system"]
+    turns = messages[messages[0]["role"] == "system" :] if messages else []
     if [message["role"] for message in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
         raise BrokenSampleError(f"turns must alternate and end with an answer: {[turn['role'] for turn in turns]}")
     named = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -231,6 +232,8 @@ def _parse_llava_file(raw: dict[str, str], images: Path, exclude: frozenset[str]
     record = parse_record(raw)
     paths = record.get("image") or []
     paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise BrokenSampleError(f"the field 'image' must be a path or a list of paths, got {paths!r}")
     if record.get("source") in exclude or any(_data_set(path) in exclude for path in paths):
         return []
     messages = to_messages(field(record, "conversations", list), len(paths))

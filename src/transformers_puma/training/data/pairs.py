@@ -169,7 +169,7 @@ def _parse_grit(raw: dict[str, Any], phrases: str) -> list[Sample]:
 
 def _grounded(caption: str, entry: list[float]) -> dict[str, Any]:
     """{"end": where in the caption its phrase ends, "box": in fractions of the picture's size}."""
-    if len(entry) != 7:
+    if not (isinstance(entry, list) and len(entry) == 7 and all(isinstance(item, (int, float)) for item in entry)):
         raise BrokenSampleError(f"a phrase must be [start, end, x_min, y_min, x_max, y_max, score], got {entry}")
     start, end, *box = entry[:6]
     if not 0 <= start < end <= len(caption):
@@ -185,7 +185,7 @@ def _parse_journeydb(raw: dict[str, str], images: Path, caption: str) -> list[Sa
     path = field(record, "img_path")
     if caption == "caption":
         record = record.get("Task2") or {}
-        if not record.get("Caption"):
+        if isinstance(record, dict) and not record.get("Caption"):
             return []
     text = text_field(record, "prompt" if caption == "prompt" else "Caption")
     return [make_sample(path, {"caption": text}, [image_file(images, path)])]

@@ -115,13 +115,20 @@ def field(record: dict, name: str, kind: type = str) -> Any:
     """A field of a record.
 
     Raises:
-        BrokenSampleError: missing, null, empty, or not of that type.
+        BrokenSampleError: missing, null, empty, not of that type, or text that is no Unicode; or no record.
     """
+    if not isinstance(record, dict):
+        raise BrokenSampleError(f"what should hold {name!r} must be a JSON object, got a {type(record).__name__}")
     value = record.get(name)
     if value is None or value in ("", []):
         raise BrokenSampleError(f"the field {name!r} is missing or empty")
     if not isinstance(value, kind):
         raise BrokenSampleError(f"the field {name!r} must be a {kind.__name__}, got a {type(value).__name__}")
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # half of an emoji, of which JSON knows nothing
+            raise BrokenSampleError(f"the field {name!r} is no Unicode: {error}") from error
     return value
 
 
