@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffusers_puma import PumaPipeline
 from diffusers_puma.evaluation import load_lpips, lpips_distance, open_pictures
 from diffusers_puma.evaluation.pictures import as_square, psnr, to_tensor
-from transformers_puma.evaluation.runner import sample_seed
+from transformers_puma.evaluation.runner import model_settings, sample_seed
 
 PARTS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 SEEDS = (0, 1)
@@ -94,7 +94,7 @@ def main() -> None:
     steps = arguments.steps or pipe.config.default_num_inference_steps
 
     file = arguments.out.with_suffix(".json")
-    settings = {"model": str(arguments.model), "pictures": samples.source, "count": len(samples), "steps": steps}
+    settings = {**model_settings(arguments.model), "pictures": samples.source, "count": len(samples), "steps": steps}
     results = {}
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
         results = saved["results"]

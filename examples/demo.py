@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusers_puma import PumaPipeline
 from diffusers_puma.contact_sheet import contact_sheet
-from puma_cli.errors import UserError
+from puma_cli.errors import one_line
 from puma_cli.loading import load_pipeline, quiet_libraries
 from puma_cli.model_source import find_model
 from puma_cli.pictures import check_output, read_picture, write_png
@@ -75,8 +75,8 @@ def run(arguments: list[str] | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     try:
         run(arguments)
-    except UserError as error:
-        print(f"demo: error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"demo: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

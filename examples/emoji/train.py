@@ -12,6 +12,7 @@ runs/emoji, give another `--runs` to train them too. Stages that don't need each
 
 import argparse
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -153,10 +154,27 @@ def run(todo: list[Stage], logs: Path, jobs: int) -> None:
             process.terminate()
 
 
+def claim(runs: Path, **recipe) -> None:
+    """Notes in the folder of the parts which recipe they are of.
+
+    Raises:
+        SystemExit: they are of another.
+    """
+    file = runs / "recipe.json"
+    before = json.loads(file.read_text()) if file.exists() else recipe
+    if before != recipe:
+        raise SystemExit(f"{runs} holds parts made with {before}, not with {recipe}: give another --runs and --out")
+    file.write_text(json.dumps(recipe))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--scenes", type=Path, help="folder of the composed scenes (default: DATA-scenes)")
+    parser.add_argument(
+        "--scenes",
+        type=Path,
+        help="folder of the composed scenes (default: DATA-scenes, of a trial DATA-scenes-trial)",
+    )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/emoji"), help="folder of the parts, logs and checkpoints"
     )
@@ -168,7 +186,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    scenes = arguments.scenes or arguments.data.with_name(f"{arguments.data.name}-scenes")
+    # A trial composes few scenes, which are not to be taken for all.
+    trial = "" if arguments.max_steps is None else "-trial"
+    scenes = arguments.scenes or arguments.data.with_name(f"{arguments.data.name}-scenes{trial}")
     todo = stages(
         arguments.data,
         scenes,
@@ -181,6 +201,7 @@ def main() -> None:
     *parts, model = todo
     if model.result.exists() and not all(part.result.exists() for part in parts):
         raise SystemExit(f"{arguments.out} holds a model already: expected --out to be a new folder")
+    claim(arguments.runs, preset=arguments.preset, max_steps=arguments.max_steps)
     run(todo, arguments.runs, arguments.jobs)
     print(f"the model is in {arguments.out}")
 

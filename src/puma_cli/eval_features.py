@@ -36,6 +36,8 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.edits and args.template:
+        raise UserError("--template is for captions, and --edits have their own prompts")
     data, model = check_files(args), find_model(args.model)
     model.require_language_model("a prompt")
     with missing_packages_as_user_errors():

@@ -17,7 +17,8 @@ what --data holds; in braces the part that --split names, with its default:
   mmbench    mmbench_{dev_20230712}.tsv
   mme        existence/, count/, .. of MME_Benchmark_release_version
   gqa        {testdev_balanced}_questions.json, images/
-  vqav2      v2_OpenEnded_mscoco_{test-dev2015}_questions.json, v2_mscoco_{val2014}_annotations.json, test2015/, ..
+  vqav2      v2_OpenEnded_mscoco_{test-dev2015}_questions.json, v2_mscoco_{val2014}_annotations.json, test2015/, ..;
+             of test-dev2015 also v2_OpenEnded_mscoco_test2015_questions.json
   pope       {coco}/coco_pope_random.json, .._popular.json, .._adversarial.json, val2014/
   vizwiz     {test}.json, {test}/
   questions  {test}.jsonl with image, question, answer and question_type, or a saved DatasetDict with these columns
@@ -61,8 +62,11 @@ def run(args: argparse.Namespace) -> None:
     if not args.models:
         _report(_evaluate(args, models[0], benchmark, folder), args.plot)
         return
-    files = [_evaluate(args, model, benchmark, folder / model.name.strip("/").replace("/", "--")) for model in models]
-    if None not in files:
+    folders = [folder / model.name.strip("/").replace("/", "--") for model in models]
+    for model, own in zip(models, folders, strict=True):
+        _evaluate(args, model, benchmark, own)
+    files = [own / RESULTS for own in folders]
+    if all(file.is_file() for file in files):  # another process may still be at work
         draw_results(files, args.plot)
         print("\n".join(input_scales_table(sorted(Path(args.out).glob(f"*/*/{RESULTS}")))))
 

@@ -8,7 +8,7 @@ training rows are read in the same way (`encode_conversation`).
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import groupby, repeat
 
 import torch
 from PIL import Image
@@ -350,9 +350,7 @@ class PumaProcessor(ProcessorMixin):
             ValueError: boxes that do not match the marks; a chat template that does not mark answers with
                 `{% generation %}`.
         """
-        locations = None
-        if boxes is not None:
-            locations = iter(self.locate_boxes(_marks(messages), boxes, sizes))
+        locations = None if boxes is None else iter(self.locate_boxes(_marks(messages), boxes, sizes))
         chat = [{**message, "content": self._shield_content(message["content"], locations)} for message in messages]
         [text], [spans] = render_jinja_template(
             [chat],
@@ -361,22 +359,25 @@ class PumaProcessor(ProcessorMixin):
             add_generation_prompt=add_generation_prompt,
             **self.tokenizer.special_tokens_map,
         )
-        num_answers = [message["role"] for message in messages].count("assistant")
-        if len(spans) != num_answers:
+        roles = [message["role"] for message in messages]
+        if len(spans) != roles.count("assistant"):
             raise ValueError(
                 f"the chat template marks {len(spans)} answers with {{% generation %}}, but the conversation holds "
-                f"{num_answers} assistant messages"
+                f"{roles.count('assistant')} assistant messages"
             )
-        num_given_answers = [message["role"] for message in messages[:num_given]].count("assistant")
-        return self._encode_shielded(text, spans[num_given_answers:])
+        return self._encode_shielded(text, spans[roles[:num_given].count("assistant") :])
 
     def _shield_content(self, content: str | list[dict], locations: Iterator[str] | None) -> str | list[dict]:
         """Texts of a message with `_shield`, and the next of `locations`, if any, in place of each `<box>`."""
         if not isinstance(content, str):
-            return [
-                {**part, "text": self._shield_content(part["text"], locations)} if part["type"] == "text" else part
-                for part in content
-            ]
+            parts = []
+            for is_text, group in groupby(content, lambda part: part["type"] == "text"):
+                group = list(group)
+                if is_text:  # neighbours as one: together they could become what neither is
+                    text = self._shield_content("".join(part["text"] for part in group), locations)
+                    group = [{"type": "text", "text": text}]
+                parts += group
+            return parts
         shielded = self._shield(content)
         return shielded if locations is None else re.sub(BOX_MARK, lambda _: next(locations), shielded)
 

@@ -18,6 +18,8 @@ def test_one_sheet_and_an_answer(tmp_path, capsys):
     assert lines[0].startswith("Which colour is it?") and lines[-1].startswith(str(out))
     width, height = Image.open(out).size
     assert width > 6 * 128 and height > 4 * 128
+    assert main(["--model", str(tmp_path / "model"), "--out", str(out), "--steps", "0"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("demo: error: num_inference_steps must be")
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

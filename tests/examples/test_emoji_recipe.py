@@ -64,7 +64,7 @@ def test_one_command_trains_all_parts_and_goes_on_where_it_stopped(data, tmp_pat
     first = run(data, tmp_path)
     assert "data, " not in first and "done already: data" in first
     scenes = load_file(tmp_path / "runs/cache/scenes_train.safetensors")
-    assert len(scenes["features"]) == len(load_scenes(f"{data}-scenes")["train"]) == len(scenes["latents"])
+    assert len(scenes["features"]) == len(load_scenes(f"{data}-scenes-trial")["train"]) == len(scenes["latents"])
     pipe = PumaPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert pipe.scales == [0, 1, 2, 3, 4]
     size = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*.safetensors"))
@@ -94,7 +94,7 @@ def test_one_command_trains_all_parts_and_goes_on_where_it_stopped(data, tmp_pat
 
     # Adapters to the tuned language model, one for each task, each measured before and after.
     adapters = tmp_path / "adapters"
-    options = {"data": data, "scenes": f"{data}-scenes", "cache": tmp_path / "runs/cache", "out": adapters}
+    options = {"data": data, "scenes": f"{data}-scenes-trial", "cache": tmp_path / "runs/cache", "out": adapters}
     options |= {"pretrained": tmp_path / "runs/mllm_tuned", "steps": 1, "rank": 2}
     compare_adapters.main(
         [str(part) for name, value in options.items() for part in (f"--{name}", value)] + ["--only", "draw", "ask"]
@@ -130,6 +130,13 @@ def test_a_folder_that_holds_another_model_is_refused_before_any_work(tmp_path, 
     with pytest.raises(SystemExit, match="holds a model already: expected --out to be a new folder"):
         train.main()
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_parts_of_a_trial_are_not_taken_for_those_of_the_recipe(tmp_path, monkeypatch):
+    train.claim(tmp_path, preset="cpu", max_steps=1)
+    train.claim(tmp_path, preset="cpu", max_steps=1)
+    with pytest.raises(SystemExit, match="holds parts made with .*'max_steps': 1.*, not with .*'max_steps': None"):
+        train.claim(tmp_path, preset="cpu", max_steps=None)
 
 
 def test_a_stage_that_fails_stops_the_run_and_says_why(tmp_path):

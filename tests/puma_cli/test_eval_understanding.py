@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from puma_cli import main
+from puma_cli import eval_understanding, main
 from puma_cli.errors import UserError
 from puma_cli.eval_understanding import BENCHMARKS, input_scales_table, scales_name
 from transformers_puma import PumaConfig
@@ -41,6 +41,18 @@ def test_a_run_and_the_same_again(language_model_folder, table, tmp_path, capsys
     lines = (tmp_path / "out/questions/samples-00000.jsonl").read_text()
     assert ask(table, tmp_path / "out", "--model", str(language_model_folder)) == 0
     assert (tmp_path / "out/questions/samples-00000.jsonl").read_text() == lines
+
+
+def test_whichever_process_ends_last_prints_the_table(tmp_path, table, language_model_folder, monkeypatch, capsys):
+    """Of two models, another process may have ended with the first."""
+    out, models = tmp_path / "out", ("--models", str(language_model_folder), str(language_model_folder) + "/.")
+    assert ask(table, out, *models) == 0
+    printed = capsys.readouterr().out
+    evaluate = eval_understanding._evaluate
+    found = iter([False, True])
+    monkeypatch.setattr(eval_understanding, "_evaluate", lambda *a: evaluate(*a) if next(found) else None)
+    assert ask(table, out, *models) == 0
+    assert capsys.readouterr().out == printed and "questions" in printed
 
 
 def test_models_that_read_different_scales(language_model_folder, table, tmp_path, capsys):

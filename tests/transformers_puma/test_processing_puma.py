@@ -275,6 +275,16 @@ def test_a_file_or_a_url_is_read_as_the_picture_in_it_is(processor, mode, colour
     assert all(np.array_equal(pixels, read[0]) for pixels in read[1:])
 
 
+@pytest.mark.parametrize("pieces", [("<im", "age>"), ("</", "s>"), ("[IM", "G", "]")])
+def test_neighbouring_texts_do_not_become_special_tokens_together(processor, pieces):
+    def encode(parts: list[str]) -> list[int]:
+        content = [{"type": "image"}, *({"type": "text", "text": part} for part in parts)]
+        return processor.encode_conversation([{"role": "user", "content": content}])[0]
+
+    assert encode(pieces) == encode(["".join(pieces)])
+    assert encode(pieces).count(processor.image_token_id) == IMAGE_LENGTH
+
+
 def test_without_location_tokens(picture):
     processor = make_processor(num_location_tokens=0)
     assert "<loc_0>" not in processor.tokenizer.get_vocab()

@@ -15,10 +15,9 @@ from typing import Any
 from PIL import Image
 
 from transformers_puma.evaluation.runner import Row
-from transformers_puma.pictures import as_rgb
 
 from ..pipeline_puma import IMAGE_SCALE, TEXT_SCALE
-from .data import Samples, open_table, read_picture
+from .data import Samples, open_table, read_cell, read_picture
 from .drawing import Drawer
 
 Files = dict[str, Image.Image | str]  # by path below the folder that the scorer is given
@@ -130,11 +129,11 @@ def open_gedit(path: Path) -> Samples:
     absent = [name for name in names if name not in table.column_names]
     if absent:
         raise ValueError(f"{path} is not GEdit-Bench: it has no column {absent[0]}, only {table.column_names}")
-    table = table.select_columns(names)
+    pictures, table = table.select_columns(["input_image"]), table.select_columns(names[:-1])
 
     def read(index: int) -> dict[str, Any]:
         row = table[index]
-        return {**row, "prompt": row["instruction"], "image": as_rgb(row["input_image"])}
+        return {**row, "prompt": row["instruction"], "image": read_cell(pictures, index, path)}
 
     return _samples(path, range(len(table)), read)
 

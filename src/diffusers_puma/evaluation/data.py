@@ -70,12 +70,14 @@ def open_pictures(path: str | Path, split: str | None = None) -> Samples:
         return _table_samples(table, path, split, {"image": _column(table, ("image",), path)}, {})
     if not path.is_dir():
         raise ValueError(f"no such folder or parquet file: {path}")
+    if split is not None:
+        raise ValueError(f"{path} is a folder of pictures, which has no splits, got split={split!r}")
     files = [file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES]
     if not files:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
         raise ValueError(f"{path} holds no pictures ({suffixes}), no parquet files and no data set")
     ids = fixed_order([file.as_posix() for file in files])
-    return Samples(ids, lambda name: {"image": read_picture(path / name)}, _source(path, split, len(ids)))
+    return Samples(ids, lambda name: {"image": read_picture(path / name)}, _source(path, split, ids))
 
 
 def open_captions(path: str | Path, split: str | None = None, template: str | None = None) -> Samples:
@@ -97,6 +99,9 @@ def open_captions(path: str | Path, split: str | None = None, template: str | No
     found = [file for file in (path / COCO_CAPTIONS, path / "annotations" / COCO_CAPTIONS) if file.is_file()]
     if not found:
         raise ValueError(f"{path} holds neither {COCO_CAPTIONS} (of COCO 2014) nor a data set with captions")
+    for name, value in (("split", split), ("template", template)):
+        if value is not None:
+            raise ValueError(f"{found[0]} is taken as COCO 2014 has it, got {name}={value!r}")
     return _coco(found[0], path / "val2014")
 
 
@@ -125,7 +130,7 @@ def _coco(annotations: Path, pictures: Path) -> Samples:
     def read(image_id: int) -> dict[str, Any]:
         return {"prompt": captions[image_id], "image": read_picture(files[image_id])}
 
-    return Samples(ids, read, _source(annotations, None, len(ids)))
+    return Samples(ids, read, _source(annotations, None, [(key, captions[key]) for key in ids]))
 
 
 def _captions_of_table(path: Path, split: str | None, template: str | None) -> Samples:
@@ -207,12 +212,15 @@ def open_table(path: Path, split: str | None):
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         return load_from_disk(str(path / _chosen(split, splits, path)))
     if (path / "state.json").is_file():
+        if split is not None:
+            raise ValueError(f"{path} is one saved data set, not several splits, got split={split!r}")
         return load_from_disk(str(path))
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    # The Hub names its files SPLIT-00000-of-00014.parquet.
+    # The Hub names its files SPLIT-00000-of-00014.parquet, and those that it converts SPLIT/0000.parquet.
     by_split: dict[str, list[str]] = {}
     for file in files:
-        by_split.setdefault(file.stem.split("-")[0], []).append(str(file))
+        name = file.parent.name if file.stem.isdigit() else file.stem.split("-")[0]
+        by_split.setdefault(name, []).append(str(file))
     return Dataset.from_parquet(by_split[_chosen(split, list(by_split), path)])
 
 
@@ -252,9 +260,9 @@ def _table_samples(
 
     def read(row: int) -> dict[str, Any]:
         sample = {name: values[row] for name, values in texts.items()}
-        return sample | {name: _read_cell(table, row, path) for name, table in tables.items()}
+        return sample | {name: read_cell(table, row, path) for name, table in tables.items()}
 
-    return Samples(ids, read, _source(path, split, len(ids)))
+    return Samples(ids, read, _source(path, split, [(row, *(texts[name][row] for name in texts)) for row in ids]))
 
 
 def _as_pictures(table, path: Path):
@@ -274,7 +282,7 @@ def _as_pictures(table, path: Path):
         raise ValueError(f"column {column} of {path} must hold pictures or paths to them, not {feature}") from error
 
 
-def _read_cell(table, row: int, path: Path) -> Image.Image:
+def read_cell(table, row: int, path: Path) -> Image.Image:
     """The picture in a row of a table of one column. Raises `ValueError` that says where there is none."""
     (column,) = table.column_names
     try:
@@ -286,8 +294,10 @@ def _read_cell(table, row: int, path: Path) -> Image.Image:
         raise ValueError(f"cannot read the picture in column {column} of {path}, row {row}: {error}") from error
 
 
-def _source(path: Path, split: str | None, count: int) -> dict[str, Any]:
-    return {"data": str(path), "split": split, "available": count}
+def _source(path: Path, split: str | None, known: list) -> dict[str, Any]:
+    """`known`: of each sample what is known without its picture, so that a run does not go on with others."""
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    return {"data": str(path), "split": split, "available": len(known), "samples": digest}
 
 
 def read_picture(file: Path) -> Image.Image:

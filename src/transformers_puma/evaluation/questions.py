@@ -4,6 +4,7 @@ Prompts, normalisation and scoring are those of LLaVA-1.5 (docs/Evaluation.md an
 as the report says (section B.4). What stands around a prompt (picture, system message) is the processor's chat format.
 """
 
+import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
@@ -50,13 +51,26 @@ class Question:
             object.__setattr__(self, "unit", self.id)
 
     def open_picture(self) -> Image.Image:
-        """The picture in RGB."""
-        picture = Image.open(self.picture) if isinstance(self.picture, Path) else self.picture()
-        return as_rgb(picture)
+        """The picture in RGB.
+
+        Raises:
+            ValueError: none, or one that cannot be read.
+        """
+        is_file = isinstance(self.picture, Path)
+        try:
+            picture = Image.open(self.picture) if is_file else self.picture()
+            if picture is None:
+                raise ValueError("there is none")
+            return as_rgb(picture)
+        except Exception as error:  # the decoders raise errors of all kinds on damaged files
+            name = f" {self.picture}" if is_file else ""
+            raise ValueError(f"cannot read the picture{name} of question {self.id}: {error}") from error
 
 
 class Benchmark(ABC):
     """The questions of a benchmark in a fixed random order, so that the first n are a fair sample of it.
+
+    `fingerprint` is of all questions and answers of the split, so that a run does not go on with others.
 
     Args:
         data: folder in the benchmark's own layout, see the subclass.
@@ -78,6 +92,8 @@ class Benchmark(ABC):
         self.data, self.split = Path(data), split or self.default_split
         questions = self.read()
         require_pictures(questions)
+        asked = [(q.id, q.prompt, q.answers, q.category, q.options) for q in questions]
+        self.fingerprint = hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
         units = list(dict.fromkeys(question.unit for question in questions))
         random.Random(0).shuffle(units)
         place = {unit: index for index, unit in enumerate(units[:limit])}

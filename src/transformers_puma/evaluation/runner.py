@@ -23,7 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
+
+from puma_files import read_safetensors_header
 
 Row = dict[str, Any]
 BatchFunction = Callable[[list[Any]], list[Row]]
@@ -31,7 +35,17 @@ BatchFunction = Callable[[list[Any]], list[Row]]
 SETTINGS, RESULTS = "settings.json", "results.json"
 PACKAGES = ("puma-hub", "torch", "transformers", "diffusers", "torchmetrics", "torch-fidelity", "open-clip-torch")
 RESAMPLES = 1000
-BLOCK = 2**16  # bytes
+BLOCK = 2**12  # bytes
+# Files of a model's folder that decide what it computes, beside its weights.
+MODEL_SETTINGS = (
+    "model_index.json",
+    "config.json",
+    "generation_config.json",
+    "scheduler_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+)
 
 
 @dataclass(frozen=True)
@@ -135,24 +149,39 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def model_settings(model: str) -> dict[str, Any]:
-    """Which model a run is of: its name and, of a folder, its weights."""
-    return {"model": model, "weights": weights_fingerprint(model) if Path(model).is_dir() else None}
+    """Which model a run is of: its name, and of a folder its weights, of a model on the Hub its commit."""
+    return {"model": model, "weights": weights_fingerprint(model) if Path(model).is_dir() else _cached_commit(model)}
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """Of the weight files below a model's folder, so that a run does not go on with what training made of them since.
+    """Of weights and settings below a model's folder, so that a run does not go on with what was made of them since.
 
-    Reads names, sizes and three blocks of each `*.safetensors`, which takes no time for any number of gigabytes.
+    Reads the settings, and of the weights names, shapes and three blocks of each tensor, which takes no time for any
+    number of gigabytes. Training may leave most tensors of a file alone.
     """
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).rglob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode())
+    digest, folder = hashlib.sha256(), Path(folder)
+    for file in sorted(folder.rglob("*.safetensors")):
+        header = read_safetensors_header(file)
+        digest.update(f"{file.relative_to(folder).as_posix()} {json.dumps(header)} ".encode())
+        spans = [tensor["data_offsets"] for tensor in header.values()]
+        start_of_data = file.stat().st_size - max((end for _, end in spans), default=0)
         with file.open("rb") as stream:
-            for start in (0, size // 2, max(size - BLOCK, 0)):
-                stream.seek(start)
-                digest.update(stream.read(BLOCK))
+            for start, end in spans:
+                for place in (start, (start + end) // 2, max(start, end - BLOCK)):
+                    stream.seek(start_of_data + place)
+                    digest.update(stream.read(min(BLOCK, end - place)))
+    for file in sorted(file for name in MODEL_SETTINGS for file in folder.rglob(name)):
+        digest.update(f"{file.relative_to(folder).as_posix()} ".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _cached_commit(model: str) -> str | None:
+    """The commit of a model on the Hub that was loaded; None for any other name."""
+    try:
+        files = [try_to_load_from_cache(model, name) for name in ("model_index.json", "config.json")]
+    except HFValidationError:
+        return None
+    return next((Path(file).parent.name for file in files if isinstance(file, str)), None)
 
 
 def drop_unfinished_line(file: Path) -> None:

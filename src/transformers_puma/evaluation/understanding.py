@@ -62,6 +62,7 @@ def evaluate_understanding(
         **model_settings(model_name),
         "data": str(benchmark.data),
         "split": benchmark.split,
+        "questions": benchmark.fingerprint,
         "input_scales": scales_read(model.config),
         "decoding": "greedy",  # so there is no seed
         "max_new_tokens": max_new_tokens,

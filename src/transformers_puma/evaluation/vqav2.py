@@ -27,6 +27,9 @@ class VQAv2(Benchmark):
         if self.split not in SPLITS:
             raise ValueError(f"split={self.split!r} must be one of {', '.join(SPLITS)}")
         annotations = self._annotations() if self.split in ANSWERED else {}
+        # The server wants an answer to all of these.
+        asked = "test2015" if self.split == "test-dev2015" else self.split
+        self.submitted_ids = [row["question_id"] for row in self._question_rows(asked)]
         pictures = self.split.replace("test-dev2015", "test2015")
         questions = []
         for row in self._question_rows(self.split):
@@ -51,10 +54,8 @@ class VQAv2(Benchmark):
         """`[{"question_id", "answer"}]`. For test-dev2015 with an empty answer to each further question of test2015,
         as the server wants all of them (LLaVA's `convert_vqav2_for_submission.py`)."""
         answers = {row["id"]: row["prediction"] for row in rows}
-        asked = "test2015" if self.split == "test-dev2015" else self.split
-        ids = [row["question_id"] for row in self._question_rows(asked)]
         file = folder / f"vqav2_{self.split}.json"
-        write_json(file, [{"question_id": key, "answer": answers.get(key, "")} for key in ids])
+        write_json(file, [{"question_id": key, "answer": answers.get(key, "")} for key in self.submitted_ids])
         return file
 
     def _question_rows(self, split: str) -> list[dict]:

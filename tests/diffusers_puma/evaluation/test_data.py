@@ -50,6 +50,38 @@ def test_imagenet_as_parquet(tmp_path):
     assert shades(open_pictures(tmp_path / "data" / "test-00000-of-00001.parquet")) == [9]
 
 
+def test_parquet_as_the_hub_converts_it(tmp_path):
+    for shade, split in enumerate(("train", "validation")):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        table = Dataset.from_dict({"image": [plain(shade)]}, Features({"image": ImageFeature()}))
+        table.to_parquet(tmp_path / "default" / split / "0000.parquet")
+    with pytest.raises(ValueError, match="has the splits train, validation: choose one"):
+        open_pictures(tmp_path)
+    assert shades(open_pictures(tmp_path, "validation")) == [1]
+
+
+def test_what_has_no_splits_or_no_template(tmp_path):
+    plain(1).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="is a folder of pictures, which has no splits, got split='val'"):
+        open_pictures(tmp_path, "val")
+    Dataset.from_dict({"caption": ["a"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is one saved data set, not several splits, got split='val'"):
+        open_captions(tmp_path / "saved", "val")
+    (tmp_path / "captions_val2014.json").write_text("{}")
+    for given in ({"split": "val"}, {"template": "{x}"}):
+        (name,) = given
+        with pytest.raises(ValueError, match=f"is taken as COCO 2014 has it, got {name}="):
+            open_captions(tmp_path, **given)
+
+
+def test_other_samples_have_another_source(tmp_path):
+    sources = []
+    for captions in (["a", "b"], ["a", "c"], ["a", "b"]):
+        Dataset.from_dict({"caption": captions}).to_parquet(tmp_path / "test.parquet")
+        sources.append(open_captions(tmp_path / "test.parquet").source)
+    assert sources[0] == sources[2] != sources[1]
+
+
 def test_saved_data_sets(tmp_path):
     table = Dataset.from_dict({"image": [plain(1), plain(2)], "name": ["a", "b"], "style": ["x", "y"]}).cast_column(
         "image", ImageFeature()

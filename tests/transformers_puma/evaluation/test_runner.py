@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from transformers_puma.evaluation.runner import (
     ArrayFile,
@@ -142,13 +143,18 @@ def test_results_file(tmp_path):
 
 
 def test_weights_are_told_apart(tmp_path):
+    """By each tensor, of which training may change one alone, and by the settings."""
     (tmp_path / "mllm").mkdir()
-    file = tmp_path / "mllm" / "model.safetensors"
-    contents = [bytes(300_000), bytes(299_999) + b"1", b"1" + bytes(299_999), bytes(150_100) + b"1" + bytes(149_899)]
-    found = set()
-    for content in [*contents, bytes(300_001)]:
-        file.write_bytes(content)
-        found.add(weights_fingerprint(tmp_path))
+
+    def fingerprint(**changed: np.ndarray) -> str:
+        tensors = {name: np.zeros(size, dtype=np.float32) for name, size in (("a", 100_000), ("b", 5), ("c", 300_000))}
+        save_file(tensors | changed, tmp_path / "mllm" / "model.safetensors")
+        return weights_fingerprint(tmp_path)
+
+    found = {fingerprint(), fingerprint(a=np.ones(100_000, np.float32)), fingerprint(b=np.ones(5, np.float32))}
+    found |= {fingerprint(c=np.ones(300_000, np.float32)), fingerprint(b=np.zeros((5, 1), np.float32))}
     assert len(found) == 5
     (tmp_path / "notes.txt").write_text("no weights")
     assert weights_fingerprint(tmp_path) in found
+    (tmp_path / "chat_template.jinja").write_text("another")
+    assert weights_fingerprint(tmp_path) not in found

@@ -98,6 +98,12 @@ def test_vqav2_with_answers(vqav2):
     }
 
 
+def test_vqav2_says_before_any_question_that_its_submission_could_not_be_written(vqav2):
+    (vqav2 / "v2_OpenEnded_mscoco_test2015_questions.json").unlink()
+    with pytest.raises(ValueError, match="test2015_questions.json is missing"):
+        VQAv2(vqav2)
+
+
 def test_vqav2_submission_answers_all_of_the_test(vqav2, tmp_path):
     benchmark = VQAv2(vqav2)
     assert benchmark.questions[0].picture == vqav2 / "test2015/COCO_test2015_000000000042.jpg"

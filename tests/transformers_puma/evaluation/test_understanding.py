@@ -1,11 +1,15 @@
 """Real runs of a tiny model over tables of questions."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
 
 from transformers_puma.evaluation.question_table import QuestionTable
+from transformers_puma.evaluation.questions import Question
 from transformers_puma.evaluation.runner import Shard, weights_fingerprint
 from transformers_puma.evaluation.understanding import BENCHMARKS, evaluate_understanding, find_benchmark, scales_read
 
@@ -83,6 +87,26 @@ def test_a_run_knows_the_weights_it_is_of(model, processor, table, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))  # trained on
     with pytest.raises(ValueError, match="holds a run with weights"):
         evaluate_understanding(model, processor, table, tmp_path / "run", **options)
+
+
+def test_other_questions_do_not_go_into_the_same_folder(model, processor, table, tmp_path):
+    run(model, processor, table, tmp_path / "run")
+    file = tmp_path / "data/test.jsonl"
+    file.write_text(file.read_text().replace("noto", "blob"))
+    with pytest.raises(ValueError, match="holds a run with questions = "):
+        run(model, processor, QuestionTable(table.data), tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, content):
+    rows = {"image": [content and {"bytes": content}], "question": ["?"], "answer": ["a"]}
+    features = Features({"image": ImageFeature(), "question": Value("string"), "answer": Value("string")})
+    DatasetDict({"test": Dataset.from_dict(rows, features)}).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match="cannot read the picture of question 0"):
+        QuestionTable(tmp_path).questions[0].open_picture()
+    Path(tmp_path, "cut.png").write_bytes(content or b"")
+    with pytest.raises(ValueError, match="cannot read the picture .*cut.png of question 7"):
+        Question(7, tmp_path / "cut.png", "?").open_picture()
 
 
 def test_scales_read(processor):
