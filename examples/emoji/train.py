@@ -12,7 +12,6 @@ runs/emoji, give another `--runs` to train them too. Stages that don't need each
 
 import argparse
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers_puma.evaluation.runner import claim_folder
 
 HERE = Path(__file__).parent
 SCALES = range(5)
@@ -154,19 +155,6 @@ def run(todo: list[Stage], logs: Path, jobs: int) -> None:
             process.terminate()
 
 
-def claim(runs: Path, **recipe) -> None:
-    """Notes in the folder of the parts which recipe they are of.
-
-    Raises:
-        SystemExit: they are of another.
-    """
-    file = runs / "recipe.json"
-    before = json.loads(file.read_text()) if file.exists() else recipe
-    if before != recipe:
-        raise SystemExit(f"{runs} holds parts made with {before}, not with {recipe}: give another --runs and --out")
-    file.write_text(json.dumps(recipe))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
@@ -201,7 +189,10 @@ def main() -> None:
     *parts, model = todo
     if model.result.exists() and not all(part.result.exists() for part in parts):
         raise SystemExit(f"{arguments.out} holds a model already: expected --out to be a new folder")
-    claim(arguments.runs, preset=arguments.preset, max_steps=arguments.max_steps)
+    try:
+        claim_folder(arguments.runs, {"preset": arguments.preset, "max_steps": arguments.max_steps})
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     run(todo, arguments.runs, arguments.jobs)
     print(f"the model is in {arguments.out}")
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from diffusers_puma import PumaPipeline
+from transformers_puma.evaluation.runner import claim_folder
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "emoji"))
@@ -133,10 +134,10 @@ def test_a_folder_that_holds_another_model_is_refused_before_any_work(tmp_path, 
 
 
 def test_parts_of_a_trial_are_not_taken_for_those_of_the_recipe(tmp_path, monkeypatch):
-    train.claim(tmp_path, preset="cpu", max_steps=1)
-    train.claim(tmp_path, preset="cpu", max_steps=1)
-    with pytest.raises(SystemExit, match="holds parts made with .*'max_steps': 1.*, not with .*'max_steps': None"):
-        train.claim(tmp_path, preset="cpu", max_steps=None)
+    claim_folder(tmp_path / "runs", {"preset": "cpu", "max_steps": 1})
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match="holds a run with max_steps = 1, and this one has None"):
+        train.main()
 
 
 def test_a_stage_that_fails_stops_the_run_and_says_why(tmp_path):

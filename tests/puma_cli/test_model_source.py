@@ -12,11 +12,15 @@ from huggingface_hub import HfApi
 HfApi().create_repo("tester/decoders")
 HfApi().upload_folder(repo_id="tester/decoders", folder_path=sys.argv[1])
 """
-FIND = "from puma_cli.model_source import find_model; print(find_model('tester/decoders').decoders)"
+FIND = """
+from puma_cli.model_source import find_model
+from transformers_puma.evaluation.runner import model_settings
+print(find_model("tester/decoders").decoders, len(model_settings("tester/decoders")["weights"]))
+"""
 
 
 def test_a_model_that_was_found_is_found_without_network(tmp_path):
-    """Also where it has no configuration of a language model, which only the Hub can say."""
+    """Also where it has no configuration of a language model, which only the Hub can say; and its commit is known."""
     index = {"_class_name": "PumaPipeline", "unet_3": ["diffusers_puma", "PumaUNet2DConditionModel"]}
     (tmp_path / "decoders").mkdir()
     (tmp_path / "decoders/model_index.json").write_text(json.dumps(index))
@@ -26,4 +30,4 @@ def test_a_model_that_was_found_is_found_without_network(tmp_path):
         for offline in ("0", "1"):
             settings = environment | {"HF_HUB_OFFLINE": offline}
             found = subprocess.run([sys.executable, "-c", FIND], env=settings, capture_output=True, text=True)
-            assert found.stdout == "[3]\n", found.stderr
+            assert found.stdout == "[3] 40\n", found.stderr  # the commit, which a run's settings hold, has 40 digits
