@@ -156,11 +156,11 @@ class PumaConfig(PreTrainedConfig):
             if getattr(self, field) not in known:
                 raise ValueError(f"{field}={getattr(self, field)!r} must be one of {', '.join(known)}")
         if self.image_decoding == "next_scale" and any(
-            layer.is_sliding for layer in DynamicCache(config=self.text_config).layers
+            getattr(layer, "is_sliding", True) for layer in DynamicCache(config=self.text_config).layers
         ):
             raise ValueError(
-                "image_decoding='next_scale' has no mask for the sliding windows of text_config "
-                f"({self.text_config.model_type}): use 'autoregressive', or a text_config without sliding windows"
+                "image_decoding='next_scale' has no mask for the sliding windows or linear attention of text_config "
+                f"({self.text_config.model_type}): use 'autoregressive', or a text_config without them"
             )
         if self.flow_width is not None and (self.flow_width < 2 or self.flow_width % 2):
             raise ValueError(f"flow_width={self.flow_width} must be an even number from 2, or None")

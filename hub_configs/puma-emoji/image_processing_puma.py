@@ -25,6 +25,8 @@ class PumaImageProcessor(CLIPImageProcessorPil):
     def fetch_images(self, image_url_or_urls):
         """As in transformers, but of files and URLs too transparent parts are white and 16-bit grey is not clipped."""
         source = image_url_or_urls
+        if isinstance(source, os.PathLike):
+            source = os.fspath(source)
         if not isinstance(source, str):
             return super().fetch_images(source)
         if source.startswith(("http://", "https://")):

@@ -242,6 +242,14 @@ def _require_plain_decoder(name: str, language_model: PreTrainedModel) -> None:
     outputs = base_model(input_ids, use_cache=True)
     states = outputs.last_hidden_state
     tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
+    embeddings = base_model.get_input_embeddings()(input_ids)
+    try:
+        # As those of pictures, the last two are of no token.
+        embedded = base_model(inputs_embeds=torch.cat([embeddings, embeddings / 2])).last_hidden_state[:2]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} ({kind}) cannot read embeddings in place of tokens: {error}") from error
+    if not torch.allclose(embedded, states, rtol=0, atol=tolerance):
+        raise ValueError(f"{name} ({kind}) computes other states of embeddings than of their tokens")
     if not torch.allclose(states[0, :-1], states[1, :-1], rtol=0, atol=tolerance):
         raise ValueError(f"{name} ({kind}) is not causal: it reads what follows a token")
     cache = outputs.get(CACHE)

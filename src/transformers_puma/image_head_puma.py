@@ -6,6 +6,7 @@ Legend: n tokens, H hidden size, C feature channels.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 
 class PumaRegressionHead(nn.Linear):
@@ -52,6 +53,12 @@ class PumaFlowHead(nn.Module):
         self.out_proj = nn.Linear(width, feature_size)
         self.register_buffer("mean", torch.zeros(num_scales, feature_size))
         self.register_buffer("std", torch.ones(num_scales, feature_size))
+
+    def start(self) -> None:
+        """Velocities start at zero, and features count as standardised until training says otherwise."""
+        for weight in (self.out_proj.weight, self.out_proj.bias, self.mean):
+            init.zeros_(weight)
+        init.ones_(self.std)
 
     def forward(self, noisy: torch.Tensor, time: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Velocity (.., C) at x_t `noisy` (.., C) and t `time` (..) in [0, 1], given `states` (.., H)."""

@@ -6,12 +6,9 @@ Legend: B rows, T positions, n images (in the order of their placeholders, row b
 size, k_i tokens of scale i, S = sum of all k_i (`config.image_seq_length`).
 """
 
-from functools import wraps
-
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModel, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
@@ -26,44 +23,7 @@ from .image_head_puma import PumaFlowHead, PumaRegressionHead
 from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
 from .loss_puma import image_loss, is_supervised_text, squared_error, text_loss
 from .outputs_puma import PumaCausalLMOutputWithPast, PumaModelOutputWithPast
-
-
-class PumaPreTrainedModel(PreTrainedModel):
-    config: PumaConfig
-    config_class = PumaConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    output_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, PumaFlowHead):
-            # Velocities start at zero, and features count as standardised until training says otherwise.
-            init.zeros_(module.out_proj.weight)
-            init.zeros_(module.out_proj.bias)
-            init.zeros_(module.mean)
-            init.ones_(module.std)
-
-    # diffusers reads from the signature whether to pass on `variant` and `max_shard_size`.
-    @wraps(PreTrainedModel.save_pretrained, assigned=())
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers; the folder also loads with `trust_remote_code=True` where this package is not
-        installed."""
-        self.config.auto_map = {
-            "AutoConfig": "configuration_puma.PumaConfig",
-            "AutoModel": "modeling_puma.PumaModel",
-            "AutoModelForMultimodalLM": "modeling_puma.PumaForConditionalGeneration",
-            "AutoModelForImageTextToText": "modeling_puma.PumaForConditionalGeneration",
-        }
-        return super().save_pretrained(*args, **kwargs)
+from .pretrained_puma import PumaPreTrainedModel
 
 
 class PumaModel(PumaPreTrainedModel):
@@ -89,6 +49,8 @@ class PumaModel(PumaPreTrainedModel):
 
         Without gradient: the encoder defines the regression targets and is frozen in every stage (report section 3.2).
         """
+        if not len(pixel_values):
+            raise ValueError("pixel_values holds no pictures: leave it out")
         features = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).last_hidden_state[:, 1:]
         return dict(enumerate(multigranular_features(features, self.config.num_scales)))
 

@@ -142,6 +142,21 @@ class TestLanguageModelRoot:
         assert torch.equal(processor.prepare_generation(["a cat"])["input_ids"], expected_ids)
         assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(full_pipeline.processor.tokenizer)
 
+    def test_weights_that_stay_on_the_disk(self, full_pipeline, tmp_path):
+        full_pipeline.save_pretrained(tmp_path)
+        parts = {name: "cpu" for name, _ in full_pipeline.mllm.named_children()}
+        parts |= {f"model.{name}": "cpu" for name, _ in full_pipeline.mllm.model.named_children()}
+        del parts["model"]
+        device_map = parts | {"model.language_model": "disk"}
+        model = AutoModelForMultimodalLM.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        assert model.model.language_model.norm.weight.device.type == "meta"
+        prompt = full_pipeline.processor.prepare_generation(["a cat"])
+        expected = full_pipeline.mllm.generate_image_features(**prompt)
+        found = model.generate_image_features(**prompt)
+        assert all(torch.equal(found[scale], expected[scale]) for scale in expected)
+
     def test_weight_index(self, full_pipeline, tmp_path):
         full_pipeline.save_pretrained(tmp_path)
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

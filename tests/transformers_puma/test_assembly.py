@@ -25,6 +25,7 @@ LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
 VISION = {"image_size": 16, "patch_size": 4, **LAYERS}
 TEXT = {"vocab_size": 70, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **LAYERS}
 GEMMA = {"num_key_value_heads": 1, "head_dim": 8, **TEXT}
+GEMMA4 = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 70, "num_kv_shared_layers": 0, **GEMMA}
 QWEN = {"num_key_value_heads": 2, "head_dim": 8, **TEXT}
 GPT2 = {"vocab_size": 70, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
 IDS = torch.tensor([[1, 3, 4, 5, 3, 2]])
@@ -182,6 +183,7 @@ BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim":
         ("mamba", AutoModelForCausalLM, MAMBA, "no cache of keys and values"),
         ("gemma2", AutoModelForCausalLM, GEMMA, "by more than one Linear without bias"),
         ("granite", AutoModelForCausalLM, {**TEXT, "logits_scaling": 2.0}, "by more than one Linear without bias"),
+        ("gemma4_text", AutoModelForCausalLM, GEMMA4, "cannot read embeddings in place of tokens"),
         ("phi", AutoModelForCausalLM, TEXT, "by more than one Linear without bias"),
     ],
 )

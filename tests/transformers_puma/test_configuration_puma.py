@@ -32,6 +32,9 @@ def test_overrides_and_edits_must_be_consistent_too(processor, tmp_path):
         config.save_pretrained(tmp_path)
 
 
+HYBRID = {**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"], "vocab_size": 512}
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [
@@ -54,6 +57,7 @@ def test_overrides_and_edits_must_be_consistent_too(processor, tmp_path):
         ("num_location_tokens", {"num_location_tokens": -1}),
         ("image_decoding", {"image_decoding": "diffusion"}),
         ("image_decoding", {"image_decoding": "next_scale", "text_config": {**TEXT, "model_type": "mistral"}}),
+        ("linear attention of text_config", {"image_decoding": "next_scale", "text_config": HYBRID}),
         ("image_head", {"image_head": "linear"}),
         ("flow_width", {"flow_width": 7}),
         ("flow_num_steps", {"flow_num_steps": 0}),

@@ -44,6 +44,11 @@ def test_features_are_clips_before_the_last_layernorm(model, batch):
         torch.testing.assert_close(features[scale], pooled)
 
 
+def test_pixels_of_no_picture(model):
+    with pytest.raises(ValueError, match="pixel_values holds no pictures"):
+        model(input_ids=torch.tensor([[0, 5]]), pixel_values=torch.zeros(0, 3, 16, 16))
+
+
 def test_the_sequence_is_the_projected_features_among_the_embeddings(model, batch):
     """The model's states equal those of the stock language model on embeddings put together by hand."""
     ids = batch["input_ids"]

@@ -252,6 +252,7 @@ def test_a_picture_may_be_a_path(processor, picture, tmp_path):
     read = processor(images=str(tmp_path / "picture.png"), text=text, boxes=boxes)
     assert read["input_ids"] == expected["input_ids"]
     assert torch.equal(torch.as_tensor(read["pixel_values"][0]), torch.as_tensor(expected["pixel_values"][0]))
+    assert processor(images=[tmp_path / "picture.png"], text=text, boxes=boxes)["input_ids"] == expected["input_ids"]
 
 
 @pytest.mark.parametrize(("mode", "colour"), [("RGBA", (9, 90, 200, 60)), ("I;16", 30000), ("P", 3)])

@@ -83,8 +83,8 @@ class ModelLossArguments(ProjectorArguments):
     packing: bool = field(
         default=False,
         metadata={
-            "help": "The rows of a batch form one sequence without padding, in which no row sees another. Reaches the "
-            "default data collator only."
+            "help": "The rows of a batch form one sequence without padding, in which no row sees another; to "
+            "compute_metrics and in predict each such sequence is one row. Reaches the default data collator only."
         },
     )
     max_length: int | None = field(

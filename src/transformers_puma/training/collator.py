@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..pictures import picture_size
 from ..processing_puma import MARKUP, PumaProcessor
 
 Row = dict[str, Any]
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -109,6 +112,11 @@ class PumaDataCollator:
             )
 
         length = min(self.max_length or len(ids), self._end_at_scale(row, ids, starts) or len(ids))
+        if any(supervised) and not any(supervised[:length]):
+            logger.warning_once(
+                f"max_length={self.max_length} cuts rows before the first token that is learnt, so nothing is learnt "
+                f"of them; a picture alone takes {self.processor.image_seq_length} tokens"
+            )
         targets = [supervised[start] for start in starts if start < length]
         return ids[:length], supervised[:length], targets
 

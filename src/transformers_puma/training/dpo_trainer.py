@@ -19,6 +19,9 @@ SUPPORTED = {
     "pad_to_multiple_of": (None,),
     "pad_token": (None,),
     "precompute_ref_log_probs": (False,),
+    "precompute_ref_batch_size": (None,),
+    "dataset_num_proc": (None,),
+    "trust_remote_code": (False,),
 }
 
 

@@ -2,12 +2,11 @@
 new tokens."""
 
 from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..modeling_puma import PumaForConditionalGeneration
 from ..processing_puma import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, PumaProcessor, location_token
-
-# The encoder's layers have names of the same kind: only those of the language model are meant.
-LINEAR_LAYERS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 # For `llm_int8_skip_modules` of a `BitsAndBytesConfig` (QLoRA): encoder, projector and heads stay as they are. They
 # are small, and the encoder's features are the targets. Patterns hold from the start of a name, hence the dots.
@@ -27,16 +26,23 @@ def puma_lora_config(model: PumaForConditionalGeneration, token_ids: list[int], 
         model: whose backbone the adapter is for.
         token_ids: rows of the embedding and of the text head that are trained, from `puma_token_ids`; the adapter
             holds these rows only. An empty list keeps both as they are.
-        options: of `LoraConfig` (`r`, `lora_alpha`, ..); `target_modules` (by default `LINEAR_LAYERS`, the names of
-            Llama and its kin) and `modules_to_save` (by default projector, image head and, where the model has them,
+        options: of `LoraConfig` (`r`, `lora_alpha`, ..); `target_modules` (by default all linear layers of the
+            language model) and `modules_to_save` (by default projector, image head and, where the model has them,
             image queries) win over what is set here.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in (embedding, head)]
     queries = [] if model.config.image_decoding == "autoregressive" else ["image_queries"]
+    language_model = model.model.language_model
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
     settings = {
         "task_type": "CAUSAL_LM",
-        "target_modules": LINEAR_LAYERS,
+        # The encoder's layers have names of the same kind: only those of the language model are meant.
+        "target_modules": rf".*language_model\..*\.({'|'.join(sorted(linear))})",
         "modules_to_save": ["projector", "image_head", *queries],
         "trainable_token_indices": {name: token_ids for name in names} if token_ids else None,
     }

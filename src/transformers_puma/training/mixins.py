@@ -68,6 +68,14 @@ class ModelLossMixin(PumaTrainerMixin):
         super().__init__(*args, **kwargs)
         if self.label_smoother is not None or self.compute_loss_func is not None:
             raise ValueError("the loss is the model's own: label_smoothing_factor and compute_loss_func have no part")
+        lengths = self.args.length_column_name
+        if self.args.train_sampling_strategy == "group_by_length" and lengths not in (
+            getattr(self.train_dataset, "column_names", None) or []
+        ):
+            raise ValueError(
+                "train_sampling_strategy='group_by_length' needs the lengths of rows, which the collator alone knows: "
+                f"expected a column {lengths!r} in train_dataset (length_column_name)"
+            )
         # The two counts make the loss of each micro-batch its share of the global batch: nothing more to divide by.
         self.model_accepts_loss_kwargs = True
         config = self._puma_model().config
@@ -82,9 +90,16 @@ class ModelLossMixin(PumaTrainerMixin):
         self._parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # of training, of evaluation
 
     def train(self, *args, **kwargs):
-        if self.args.packing and self.place_model_on_device:  # else the weights are sharded, or not here yet
+        if self.place_model_on_device:  # else the weights are sharded, or not here yet
+            model = self._puma_model()
+            is_training = model.training
+            model.eval()
             with self.accelerator.autocast():  # in the number format of the training
-                _require_separate_rows(self._puma_model().language_model)
+                if self.args.packing:
+                    _require_separate_rows(model.language_model)
+                if model.config.image_decoding == "next_scale":
+                    _require_blocks(model)
+            model.train(is_training)
         self._parts[True].clear()
         return super().train(*args, **kwargs)
 
@@ -228,16 +243,35 @@ def _require_separate_rows(language_model: PreTrainedModel) -> None:
         ]
         return (states[0] - states[1]).abs().max()
 
-    is_training = language_model.training
-    language_model.eval()
     packed, joined = difference([0, 1, 0, 1]), difference([0, 1, 2, 3])
-    language_model.train(is_training)
     # Of packed rows it is rounding, and what the rows before do to these otherwise.
     if packed > joined / 2:
         raise ValueError(
             f"packing=True does not work with this language model ({language_model.config.model_type}), in which "
             "packed rows see each other: expected packing=False"
         )
+
+
+@torch.no_grad()
+def _require_blocks(model: PumaModel) -> None:
+    """Raises `ValueError` if the language model cannot let tokens of one scale see each other.
+
+    Seen from what it computes: some architectures take no mask with blocks (OPT, BLOOM) or put their own over it
+    (GPT Neo).
+    """
+    kind = model.config.text_config.model_type
+    expected = "expected image_decoding='autoregressive' or 'prefilled'"
+    # Two sequences that differ in the last token of a block.
+    input_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 3]], device=model.device)
+    blocks = torch.tensor([[-1, 0, 0, -1]], device=model.device).expand(2, -1)
+    embeddings = model.get_input_embeddings()(input_ids)
+    try:
+        states = model(inputs_embeds=embeddings, attention_blocks=blocks, use_cache=False).last_hidden_state[:, 1]
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{kind} has no room for image_decoding='next_scale' ({error}): {expected}") from error
+    tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
+    if torch.allclose(states[0], states[1], rtol=0, atol=tolerance):
+        raise ValueError(f"{kind} masks what image_decoding='next_scale' lets tokens of a scale see: {expected}")
 
 
 def _is_projection(name: str) -> bool:

@@ -22,6 +22,9 @@ SUPPORTED = {
     "pad_token": (None,),
     "dataset_text_field": ("text",),
     "shuffle_dataset": (False,),
+    "dataset_kwargs": (None,),
+    "dataset_num_proc": (None,),
+    "trust_remote_code": (False,),
 }
 
 

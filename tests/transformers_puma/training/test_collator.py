@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging
 
 from transformers_puma import flatten_scales
 from transformers_puma.training import PumaDataCollator, PumaPreferenceCollator
@@ -113,6 +114,16 @@ def test_long_rows_are_cut_with_their_pictures(processor, model, picture):
     batch = collator([row])
     assert batch["input_ids"].shape == (1, 12) and batch["pixel_values"].shape[0] == 1
     assert model(**batch).loss.isfinite()
+
+
+def test_a_row_that_is_cut_before_what_is_learnt(processor, picture, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    rows = [{"prompt": "<image>", "completion": answer, "images": [picture]} for answer in ("a", "b")]
+    warning = f"max_length={IMAGE_LENGTH} cuts rows before the first token that is learnt"
+    PumaDataCollator(processor, max_length=IMAGE_LENGTH + 6)(rows)
+    assert warning not in caplog.text
+    assert (PumaDataCollator(processor, max_length=IMAGE_LENGTH)(rows)["labels"] == -100).all()
+    assert caplog.text.count(warning) == 1
 
 
 def test_packing_joins_rows_that_start_anew(processor, model):

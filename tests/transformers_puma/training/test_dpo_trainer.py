@@ -136,8 +136,9 @@ def test_stock_arguments_are_taken_over(processor, tmp_path):
 
 
 def test_what_is_refused(processor, tmp_path):
-    with pytest.raises(ValueError, match="does not support precompute_ref_log_probs=True"):
-        PumaDPOConfig(str(tmp_path), use_cpu=True, bf16=False, precompute_ref_log_probs=True)
+    for option in ({"precompute_ref_log_probs": True}, {"precompute_ref_batch_size": 2}, {"dataset_num_proc": 2}):
+        with pytest.raises(ValueError, match=f"does not support {next(iter(option))}="):
+            PumaDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **option)
     for args in (object(), SFTConfig(str(tmp_path), use_cpu=True, bf16=False)):
         with pytest.raises(ValueError, match=f"args must be a PumaDPOConfig, got a {type(args).__name__}"):
             PumaDPOTrainer(make_model(processor), args=args, processing_class=processor)

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, CLIPVisionConfig
+from transformers.pytorch_utils import Conv1D
 
 from transformers_puma import PumaForConditionalGeneration
 from transformers_puma.training import (
@@ -46,6 +47,21 @@ def train(processor, rows, folder, tied: bool = True, seed: int = 0, **options) 
     trainer.train()
     trainer.save_model()
     return trainer.model.eval()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "starcoder2", "gpt2"])
+def test_all_linear_layers_of_the_language_model_are_adapted(processor, model_type):
+    text = {**TEXT, "model_type": model_type, "sliding_window": None}
+    model = make_model(processor, text_config=text)
+    linear = {
+        name
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    }
+    adapted = get_peft_model(model, puma_lora_config(model, token_ids=[], r=2)).get_base_model()
+    found = {name for name, module in adapted.model.language_model.named_modules() if hasattr(module, "lora_A")}
+    assert found == linear and len(found) >= 8
+    assert not any("lora" in name for name, _ in adapted.model.vision_tower.named_modules())
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
 """The loss that trainers minimise, against a plain formula, and what must not change it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from datasets import Dataset
 
 from transformers_puma.training import PumaDataCollator, PumaTrainer, PumaTrainingArguments
 
-from ..conftest import make_model, make_picture
+from ..conftest import TEXT, make_model, make_picture
 
 ALPHA = {2: 64, 1: 8, 0: 1}
 
@@ -156,6 +159,38 @@ def test_packing_where_packed_rows_would_see_each_other(processor, tmp_path, mod
         return
     with pytest.raises(ValueError, match=rf"packing=True does not work with this language model \({model_type}\)"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("llama", None),
+        ("opt", "opt has no room for image_decoding='next_scale' (.*): expected .*'autoregressive' or 'prefilled'"),
+        ("gpt_neo", "gpt_neo masks what image_decoding='next_scale' lets tokens of a scale see"),
+    ],
+)
+def test_next_scale_where_tokens_of_a_scale_would_not_see_each_other(processor, tmp_path, model_type, message):
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 32, "num_layers": 2, "num_heads": 2}
+    text = {**TEXT, "model_type": model_type, **sizes, "attention_types": [[["global"], 2]]}
+    model = make_model(processor, text_config=text, image_decoding="next_scale")
+    arguments = PumaTrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    trainer = PumaTrainer(model, arguments, processing_class=processor, train_dataset=make_rows())
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == (message is None)
+
+
+def test_rows_have_no_lengths_to_be_grouped_by(processor, tmp_path):
+    arguments = PumaTrainingArguments(
+        str(tmp_path), max_steps=1, train_sampling_strategy="group_by_length", report_to="none", use_cpu=True
+    )
+    options = {"args": arguments, "processing_class": processor}
+    with pytest.raises(ValueError, match="expected a column 'length' in train_dataset"):
+        PumaTrainer(make_model(processor), train_dataset=make_rows(), **options)
+    rows = Dataset.from_list([{"text": "a" * number, "length": number} for number in (3, 9)])
+    trainer = PumaTrainer(make_model(processor), train_dataset=rows, **options)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_several_gpus_in_one_process(processor, tmp_path):
