@@ -37,6 +37,12 @@ class StageArguments:
     preset: str = field(default="cpu", metadata={"help": "defaults of the training arguments: cpu or gpu"})
 
 
+def has_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16. A CPU that does not emulates it, slower than single precision."""
+    capabilities = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or any(capabilities[name] for name in capabilities if name.endswith("bf16"))
+
+
 def parse_arguments(
     stage: str,
     presets: dict[str, dict],
@@ -54,7 +60,7 @@ def parse_arguments(
     parser.set_defaults(
         output_dir=f"{chosen.out}.checkpoints",
         use_cpu=not torch.cuda.is_available(),
-        bf16=True,
+        bf16=has_bfloat16(),
         remove_unused_columns=False,
         dataloader_drop_last=True,
         report_to="none",

@@ -218,3 +218,11 @@ def test_presets_give_way_to_the_command_line(tmp_path):
     assert (training.max_steps, stage.out) == (9, "runs/emoji/vae")
     with pytest.raises(ValueError, match="--preset is 'tpu'; it must be one of"):
         parse_arguments("vae", presets, ["--preset", "tpu"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in bfloat16")
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_bfloat16_is_the_default_where_the_cpu_has_it(monkeypatch, has_bfloat16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bw": True, "avx512_bf16": has_bfloat16})
+    assert parse_arguments("vae", {"cpu": {}}, [])[1].bf16 == has_bfloat16
+    assert not parse_arguments("vae", {"cpu": {}}, ["--bf16", "False"])[1].bf16
