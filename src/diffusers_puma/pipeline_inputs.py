@@ -1,5 +1,6 @@
 """What callers of `PumaPipeline` pass, in one form, or a `ValueError` that says what is wrong. Pure functions."""
 
+import math
 from collections.abc import Callable, Collection, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
@@ -156,8 +157,8 @@ def check_at_least_one(value: int, name: str) -> None:
 
 
 def check_number(value: float, name: str) -> None:
-    if not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def check_noise(

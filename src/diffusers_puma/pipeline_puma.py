@@ -379,6 +379,9 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         if image_features is not None:
             if images is not None or not isinstance(image_features, dict) or not image_features:
                 raise ValueError("image_features must be a dict of at least one scale, and take the place of an image")
+            for scale, features in image_features.items():
+                if not isinstance(features, torch.Tensor):
+                    raise ValueError(f"image_features[{scale}] must be a tensor, got a {type(features).__name__}")
             return
         if prompts is None and images is None:
             raise ValueError("nothing to draw: pass a prompt, an image or image_features")

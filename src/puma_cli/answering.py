@@ -1,7 +1,6 @@
 """Answers in a conversation about pictures, whole or piece by piece. Imports the libraries."""
 
 import base64
-import binascii
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,9 +101,10 @@ def _read_data_url(url: str, where: str) -> Image.Image:
             f"{where}: a picture must be a data:image/...;base64,... URL, nothing is fetched: {shown(url)}"
         )
     try:
-        return decode_picture(io.BytesIO(base64.b64decode(data, validate=True)), where)
-    except binascii.Error as error:
+        content = base64.b64decode(data, validate=True)
+    except ValueError as error:
         raise UserError(f"{where}: the data of the picture is not base64: {error}") from error
+    return decode_picture(io.BytesIO(content), where)
 
 
 class _Pieces(BaseStreamer):

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+from collections.abc import ItemsView
 from pathlib import Path
 from typing import Any
 
 from puma_files import read_json
 
-from .errors import UserError
+from .errors import UserError, shown
 from .eval_report import INPUT_SCALES, OTHERS, REPORT
 
 NEAR_ONE = ("clip_", "dino", "lpips", "nmse_")
@@ -65,7 +66,17 @@ def read_results(file: Path) -> dict[str, Any]:
     missing += [f"settings.{name}" for name in ("model", "data") if name not in settings]
     if missing:
         raise UserError(f"{file} is not the results file of an evaluation: it has no {', '.join(missing)}")
+    for row, scores in _items(results["scores"], f"{file}: scores"):
+        for metric, score in _items(scores, f"{file}: scores of {row}"):
+            if not isinstance(dict(_items(score, f"{file}: {metric} of {row}")).get("mean"), int | float):
+                raise UserError(f"{file}: {metric} of {row} must have a number as mean, got {shown(score)}")
     return results
+
+
+def _items(value: Any, what: str) -> ItemsView[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{what} must be an object, got {shown(value)}")
+    return value.items()
 
 
 def read_all(files: list[Path]) -> list[dict[str, Any]]:
@@ -141,7 +152,10 @@ def lost_quality(names: list[str], results: list[dict[str, Any]]) -> list[list[s
     lines = [["where PSNR is lost (dB)", *LOSSES.values(), "most in"]]
     for name, result in zip(names, results, strict=True):
         for scale in sorted(filter(str.isdigit, result["scores"])):
-            lost = {label: result["scores"][scale][metric]["mean"] for metric, label in LOSSES.items()}
+            measured = result["scores"][scale]
+            if not LOSSES.keys() <= measured.keys():
+                continue
+            lost = {label: measured[metric]["mean"] for metric, label in LOSSES.items()}
             most = max(lost, key=lost.get)
             lines.append(
                 [f"{name}, scale {scale}", *(f"{round(value, 2) + 0.0:.2f}" for value in lost.values()), most]

@@ -33,6 +33,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from transformers import BatchFeature
@@ -125,8 +126,12 @@ async def _read_form(request: Request) -> tuple[DrawRequest, list[Image.Image]]:
     files = [*form.getlist("image"), *form.getlist("image[]")]
     if not files or any(isinstance(file, str) for file in files):
         raise UserError("the form has no picture file: image is required")
+    if len(files) > MAX_PICTURES:
+        raise UserError(f"image: at most {MAX_PICTURES} pictures, got {len(files)}")
     fields = {name: value for name, value in form.items() if name not in ("image", "image[]")}
-    return DrawRequest.model_validate(fields), [decode_picture(file.file, file.filename) for file in files]
+    # Decoding large pictures takes seconds, in which the event loop is to serve others.
+    pictures = [await run_in_threadpool(decode_picture, file.file, file.filename) for file in files]
+    return DrawRequest.model_validate(fields), pictures
 
 
 class _ClosingResponse(StreamingResponse):

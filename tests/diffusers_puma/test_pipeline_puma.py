@@ -563,7 +563,9 @@ class TestErrors:
             ({"prompt": "a", "generator": tuple(seeds(0))}, "generator must be a torch.Generator or a list.*tuple"),
             ({"prompt": ["a", "b"], "generator": [1, 2]}, "generator must be a torch.Generator or a list.*int"),
             ({"prompt": ["a", "b"], "generator": [None, *seeds(0)]}, "generator must be a torch.Generator.*NoneType"),
-            ({"prompt": "a", "guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+            ({"prompt": "a", "guidance_scale": "2"}, "guidance_scale must be a finite number, got '2'"),
+            ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+            ({"image_features": {3: 5}}, r"image_features\[3\] must be a tensor, got a int"),
             ({"image_features": {3: [[1.0]]}}, r"image_features\[3\] must be a tensor, got a list"),
             (
                 {"prompt": "a", "scale": 1},

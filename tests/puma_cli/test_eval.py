@@ -241,6 +241,15 @@ def test_compare_puts_results_beside_the_reports(run, fails, tmp_path):
     del content["settings"]["model"], content["scores"]
     (tmp_path / "text").write_text(json.dumps(content))
     fails("not the results file of an evaluation: it has no scores, settings.model", "compare", tmp_path / "text")
+    for scores, message in (
+        ({"3": {"clip_t": 0.3}}, "clip_t of 3 must be an object, got 0.3"),
+        ({"3": {"clip_t": {}}}, "clip_t of 3 must have a number as mean, got {}"),
+        ([], "scores must be an object, got []"),
+    ):
+        content = json.loads((first / "results.json").read_text()) | {"scores": scores}
+        (tmp_path / "text").write_text(json.dumps(content))
+        fails(message, "compare", tmp_path / "text")
+    assert run("compare", write("features", "features", {"3": {}}))[0] == 0
 
 
 def test_mistakes_are_one_line(run, fails, decoders_folder, pictures, distribution, tmp_path):  # noqa: F811

@@ -321,6 +321,8 @@ class TestServe:
         (tmp_path / "text.png").write_text("no picture")
         with pytest.raises(openai.BadRequestError, match="not a picture: text.png"):
             client.images.edit(image=tmp_path / "text.png", prompt="red")
+        with pytest.raises(openai.BadRequestError, match="image: at most 10 pictures, got 11"):
+            client.images.edit(image=[PICTURE] * 11, prompt="red")
         with pytest.raises(openai.BadRequestError, match="mask: "):
             client.images.edit(image=PICTURE, mask=PICTURE, prompt="red")
         with pytest.raises(openai.BadRequestError, match="it takes words, and no picture"):
@@ -333,6 +335,7 @@ class TestServe:
         [
             ([{"type": "image_url", "image_url": {"url": "http://host/a.png"}}], "nothing is fetched: 'http://host"),
             ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}], "is not base64"),
+            ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,ä"}}], "content[0]: the data of the"),
             ([{"type": "input_audio", "input_audio": {}}], "messages[0].content[0] must be a text or an image_url"),
             (
                 [{"type": "image_url", "image_url": {"url": "data:", "detail": "low"}}],

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers_puma.evaluation.runner import Row
 
 from ..pipeline_puma import IMAGE_SCALE, TEXT_SCALE
-from .data import Samples, open_table, read_cell, read_picture
+from .data import Samples, open_table, read_cell, read_picture, source_of
 from .drawing import Drawer
 
 Files = dict[str, Image.Image | str]  # by path below the folder that the scorer is given
@@ -81,7 +81,11 @@ def open_geneval(path: Path) -> Samples:
     """`evaluation_metadata.jsonl`: a prompt and what must be seen on each line."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     prompts = [json.loads(line)["prompt"] for line in lines]
-    return _samples(path, range(len(lines)), lambda index: {"prompt": prompts[index], "metadata": lines[index]})
+
+    def read(index: int) -> dict[str, Any]:
+        return {"prompt": prompts[index], "metadata": lines[index]}
+
+    return _samples(path, range(len(lines)), read, lines)
 
 
 def geneval_layout(sample: dict[str, Any], pictures: list[Image.Image]) -> Files:
@@ -93,8 +97,8 @@ def geneval_layout(sample: dict[str, Any], pictures: list[Image.Image]) -> Files
 
 def open_dpg(path: Path) -> Samples:
     """`dpg_bench/prompts`: a prompt in each text file."""
-    files = {file.stem: file for file in sorted(path.glob("*.txt"))}
-    return _samples(path, files, lambda name: {"prompt": files[name].read_text(encoding="utf-8").strip()})
+    prompts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(path.glob("*.txt"))}
+    return _samples(path, prompts, lambda name: {"prompt": prompts[name]}, list(prompts.items()))
 
 
 def dpg_layout(sample: dict[str, Any], pictures: list[Image.Image]) -> Files:
@@ -114,7 +118,7 @@ def open_imgedit(path: Path) -> Samples:
     def read(key: str) -> dict[str, Any]:
         return {"prompt": edits[key]["prompt"], "image": read_picture(file.parent / edits[key]["id"])}
 
-    return _samples(file, edits, read)
+    return _samples(file, edits, read, [(key, edit["prompt"], edit["id"]) for key, edit in edits.items()])
 
 
 def imgedit_layout(sample: dict[str, Any], pictures: list[Image.Image]) -> Files:
@@ -135,7 +139,7 @@ def open_gedit(path: Path) -> Samples:
         row = table[index]
         return {**row, "prompt": row["instruction"], "image": read_cell(pictures, index, path)}
 
-    return _samples(path, range(len(table)), read)
+    return _samples(path, range(len(table)), read, table.to_list())
 
 
 def gedit_layout(sample: dict[str, Any], pictures: list[Image.Image]) -> Files:
@@ -148,10 +152,10 @@ def _as_source(picture: Image.Image, source: Image.Image) -> Image.Image:
     return picture.resize(source.size, Image.Resampling.BICUBIC)
 
 
-def _samples(path: Path, ids, read: Callable[[Any], dict[str, Any]]) -> Samples:
+def _samples(path: Path, ids, read: Callable[[Any], dict[str, Any]], known: list) -> Samples:
     if not len(ids):
         raise ValueError(f"{path} holds no prompts")
-    return Samples(list(ids), read, {"data": str(path), "available": len(ids)})
+    return Samples(list(ids), read, source_of(path, None, known))
 
 
 BENCHMARKS = {

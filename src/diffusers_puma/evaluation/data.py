@@ -77,7 +77,7 @@ def open_pictures(path: str | Path, split: str | None = None) -> Samples:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
         raise ValueError(f"{path} holds no pictures ({suffixes}), no parquet files and no data set")
     ids = fixed_order([file.as_posix() for file in files])
-    return Samples(ids, lambda name: {"image": read_picture(path / name)}, _source(path, split, ids))
+    return Samples(ids, lambda name: {"image": read_picture(path / name)}, source_of(path, split, ids))
 
 
 def open_captions(path: str | Path, split: str | None = None, template: str | None = None) -> Samples:
@@ -130,7 +130,7 @@ def _coco(annotations: Path, pictures: Path) -> Samples:
     def read(image_id: int) -> dict[str, Any]:
         return {"prompt": captions[image_id], "image": read_picture(files[image_id])}
 
-    return Samples(ids, read, _source(annotations, None, [(key, captions[key]) for key in ids]))
+    return Samples(ids, read, source_of(annotations, None, [(key, captions[key]) for key in ids]))
 
 
 def _captions_of_table(path: Path, split: str | None, template: str | None) -> Samples:
@@ -262,7 +262,7 @@ def _table_samples(
         sample = {name: values[row] for name, values in texts.items()}
         return sample | {name: read_cell(table, row, path) for name, table in tables.items()}
 
-    return Samples(ids, read, _source(path, split, [(row, *(texts[name][row] for name in texts)) for row in ids]))
+    return Samples(ids, read, source_of(path, split, [(row, *(texts[name][row] for name in texts)) for row in ids]))
 
 
 def _as_pictures(table, path: Path):
@@ -294,7 +294,7 @@ def read_cell(table, row: int, path: Path) -> Image.Image:
         raise ValueError(f"cannot read the picture in column {column} of {path}, row {row}: {error}") from error
 
 
-def _source(path: Path, split: str | None, known: list) -> dict[str, Any]:
+def source_of(path: Path, split: str | None, known: list) -> dict[str, Any]:
     """`known`: of each sample what is known without its picture, so that a run does not go on with others."""
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
     return {"data": str(path), "split": split, "available": len(known), "samples": digest}

@@ -68,6 +68,8 @@ class Editing:
         self, samples: list[dict[str, Any]], sources: list[Image.Image], pictures: list[Image.Image]
     ) -> dict[str, list[float]]:
         scores = {}
+        # As edits are: CLIP's own preprocessing would crop a source that is not square.
+        sources = [as_square(source, self.drawer.size) for source in sources]
         if self.clip is not None:
             vectors = self.clip.pictures(pictures)
             scores["clip_i"] = cosine(vectors, self.clip.pictures(sources))
@@ -76,8 +78,7 @@ class Editing:
         if self.dino is not None:
             scores["dino"] = cosine(self.dino.pictures(pictures), self.dino.pictures(sources))
         if self.lpips is not None:
-            squares = to_tensor([as_square(source, self.drawer.size) for source in sources])
-            scores["lpips_s"] = lpips_distance(self.lpips, squares, to_tensor(pictures)).tolist()
+            scores["lpips_s"] = lpips_distance(self.lpips, to_tensor(sources), to_tensor(pictures)).tolist()
         if all("target" in sample for sample in samples):
             targets = to_tensor([as_square(sample["target"], self.drawer.size) for sample in samples])
             scores["psnr_t"] = psnr(targets, to_tensor(pictures)).tolist()

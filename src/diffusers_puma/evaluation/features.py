@@ -53,6 +53,7 @@ class FeatureErrors:
 
     nmse_forced, nmse_free: squared error against the truth, in units of the variance of true features over the data
         (1 is what predicting their mean would give).
+        Left out where all true pictures are the same.
     nmse_drift: squared error of free against forced features, in the same unit.
     nmse_decoder: squared error of the features of the picture that is decoded from true ones, in the same unit.
     psnr_X, lpips_X: of the picture decoded from stage X against the true picture.
@@ -142,11 +143,11 @@ class FeatureErrors:
         for name in [VAE, *map(str, sorted(self.drawer.scales))]:
             values = {key: np.array([row["scores"][name][key] for row in rows]) for key in rows[0]["scores"][name]}
             if name != VAE:
-                variance = values.pop("power").mean() - np.square(mean).mean()
-                values = {
-                    key.replace("mse_", "nmse_"): value / variance if key.startswith("mse_") else value
-                    for key, value in values.items()
-                }
+                power = values.pop("power").mean()
+                variance = power - np.square(mean).mean()
+                errors = {key: values.pop(key) for key in list(values) if key.startswith("mse_")}
+                if variance > 1e-6 * power:  # of one picture, or of equal ones, there is only rounding
+                    values |= {f"n{key}": error / variance for key, error in errors.items()}
             table[name] = {key: bootstrap_mean(value) for key, value in values.items()}
         return table
 

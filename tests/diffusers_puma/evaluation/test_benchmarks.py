@@ -40,6 +40,9 @@ def test_geneval(draw, tmp_path):
     assert json.loads(files["00001/metadata.jsonl"]) == json.loads(lines[1])
     assert len({files[name].tobytes() for name in samples}) == 8
     assert files["00000/samples/00003.png"].size == (16, 16)
+    (tmp_path / "evaluation_metadata.jsonl").write_text("\n".join(lines).replace("two clocks", "a clock"))
+    with pytest.raises(ValueError, match="samples"):
+        draw("geneval", tmp_path / "evaluation_metadata.jsonl")
 
 
 def test_dpg(draw, full_pipeline, tmp_path):

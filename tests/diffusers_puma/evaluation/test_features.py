@@ -51,6 +51,12 @@ def test_errors_are_in_units_of_the_variance(full_pipeline, pictures, lpips, tmp
         assert scores["2"][f"lpips_{name}"]["mean"] == pytest.approx(distance.item(), abs=2e-2)
 
 
+def test_one_picture_has_no_variance(full_pipeline, pictures, lpips, tmp_path):
+    evaluation = FeatureErrors(Drawer(full_pipeline, [4], seeds=[0], size=32), tmp_path, lpips)
+    scores = evaluation.scores(evaluation([{"id": 0, "prompt": "a", "image": pictures[0]}]))
+    assert "psnr_free" in scores["4"] and not any("mse" in name for name in scores["4"])
+
+
 def test_the_vae_alone(full_pipeline, pictures, lpips, tmp_path):
     drawer = Drawer(full_pipeline, [4], seeds=[0], size=32)
     row = FeatureErrors(drawer, tmp_path, lpips)([{"id": 0, "prompt": "a", "image": pictures[0]}])[0]
