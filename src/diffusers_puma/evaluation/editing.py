@@ -55,11 +55,13 @@ class Editing:
         sources, prompts = [sample["image"] for sample in samples], [sample["prompt"] for sample in samples]
         drawn = self.drawer.draw([sample["id"] for sample in samples], prompt=prompts, image=sources)
         rows = [{"id": sample["id"], "scores": {}} for sample in samples]
+        # As edits are: CLIP's own preprocessing would crop a source that is not square.
+        squares = [as_square(source, self.drawer.size) for source in sources]
         for scale, groups in drawn.items():
-            scores = self._scores(samples, sources, [group[0] for group in groups])
+            scores = self._scores(samples, squares, [group[0] for group in groups])
             for index, row in enumerate(rows):
                 row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
-        unchanged = self._scores(samples, sources, [as_square(source, self.drawer.size) for source in sources])
+        unchanged = self._scores(samples, squares, squares)
         for index, row in enumerate(rows):
             row["scores"][UNCHANGED] = {name: values[index] for name, values in unchanged.items()}
         return rows
@@ -68,8 +70,6 @@ class Editing:
         self, samples: list[dict[str, Any]], sources: list[Image.Image], pictures: list[Image.Image]
     ) -> dict[str, list[float]]:
         scores = {}
-        # As edits are: CLIP's own preprocessing would crop a source that is not square.
-        sources = [as_square(source, self.drawer.size) for source in sources]
         if self.clip is not None:
             vectors = self.clip.pictures(pictures)
             scores["clip_i"] = cosine(vectors, self.clip.pictures(sources))
