@@ -40,12 +40,12 @@ class Stage:
 def stages(
     data: Path, scenes: Path, runs: Path, out: Path, preset: str, max_steps: int | None, pretrained: Path | None = None
 ) -> list[Stage]:
-    """All stages, in order. `max_steps` cuts each training and the scenes short, to try the recipe out; `pretrained`
-    is a model folder to go on from."""
+    """All stages, in order. `max_steps` cuts each training, its batches and the scenes short, to try the recipe out;
+    `pretrained` is a model folder to go on from."""
     sources = ["--data", str(data), "--scenes", str(scenes)]
     training = ["--data", str(data), "--preset", preset]
     if max_steps is not None:
-        training += ["--max_steps", str(max_steps), "--warmup_steps", "0"]
+        training += ["--max_steps", str(max_steps), "--warmup_steps", "0", "--per_device_train_batch_size", "8"]
     encoder, vae, cache, mllm = runs / "encoder", runs / "vae", runs / "cache", runs / "mllm"
     unets = {scale: runs / f"unet_{scale}" for scale in SCALES}
 
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/puma-emoji"), help="the finished model folder")
     parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="stages side by side")
-    parser.add_argument("--max-steps", type=int, help="cut each training short, to try the recipe out")
+    parser.add_argument("--max-steps", type=int, help="cut each training and its batches short, to try the recipe out")
     parser.add_argument("--pretrained", type=Path, help="a trained model folder to go on from")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)

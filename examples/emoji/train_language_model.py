@@ -168,7 +168,8 @@ def train(
     evaluated: TaskMix = DRAWING,
     held_out: str = "heldout_pair",
 ) -> None:
-    """Trains on rows of `mix`, evaluates on rows of `evaluated` of a held-out split, and writes `stage.out`.
+    """Trains on rows of `mix`, evaluates on rows of `evaluated` of a held-out split (512, or as many as it trains on
+    where those are fewer), and writes `stage.out`.
 
     Raises:
         ValueError: for a whole model, arguments of an optimizer that is not used.
@@ -187,12 +188,13 @@ def train(
         size = arguments.per_device_train_batch_size
         return EmojiRows(emoji, model.config.num_scales, size, length, arguments.seed, mix)
 
+    length = arguments.max_steps * arguments.per_device_train_batch_size
     trainer = OrderedTrainer(
         model,
         arguments,
         processing_class=processor,
-        train_dataset=rows("train", arguments.max_steps * arguments.per_device_train_batch_size, mix),
-        eval_dataset=rows(held_out, 512, evaluated),
+        train_dataset=rows("train", length, mix),
+        eval_dataset=rows(held_out, min(length, 512), evaluated),
     )
 
     def save(folder: str) -> dict:

@@ -97,9 +97,8 @@ def test_one_command_trains_all_parts_and_goes_on_where_it_stopped(data, tmp_pat
     adapters = tmp_path / "adapters"
     options = {"data": data, "scenes": f"{data}-scenes-trial", "cache": tmp_path / "runs/cache", "out": adapters}
     options |= {"pretrained": tmp_path / "runs/mllm_tuned", "steps": 1, "rank": 2}
-    compare_adapters.main(
-        [str(part) for name, value in options.items() for part in (f"--{name}", value)] + ["--only", "draw", "ask"]
-    )
+    chosen = ["--only", "draw", "ask", "--", "--per_device_train_batch_size", "8"]
+    compare_adapters.main([str(part) for name, value in options.items() for part in (f"--{name}", value)] + chosen)
     results = json.loads((adapters / "adapters.json").read_text())["results"]
     assert list(results) == ["draw", "ask"]
     assert all(result["before"] != result["after"] for result in results.values())
