@@ -81,6 +81,22 @@ def make_language_model(processor: PumaProcessor, **options) -> PumaForCondition
     return PumaForConditionalGeneration(config).eval()
 
 
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def draw(pipe: PumaPipeline, *args, seed: int | list[int] = 0, **kwargs) -> torch.Tensor | dict[int, torch.Tensor]:
+    generator = seeds(seed)[0] if isinstance(seed, int) else seeds(*seed)
+    return pipe(*args, generator=generator, output_type="pt", **kwargs).images
+
+
+def count_calls(module: torch.nn.Module) -> list[tuple]:
+    """Grows by the shape of the first input at each call of `module`."""
+    shapes: list[tuple] = []
+    module.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape) if args else None))
+    return shapes
+
+
 @pytest.fixture
 def decoder_pipeline() -> PumaPipeline:
     """Five decoders and an image encoder, no language model; 3 DDPM steps."""
