@@ -14,7 +14,8 @@ import torch
 from tests.hub_server import HubServer
 
 PACKAGES = ("transformers_puma", "diffusers_puma")
-MODEL, PIPELINE, LORA, DECODER_LORA = (f"tester/{name}" for name in ("puma", "pipeline", "lora", "decoder-lora"))
+NAMES = ("puma", "pipeline", "lora", "decoder-lora", "trained")
+MODEL, PIPELINE, LORA, DECODER_LORA, TRAINED = (f"tester/{name}" for name in NAMES)
 TEXT = "<image> a cat"
 
 
@@ -123,6 +124,21 @@ def assert_same_processor(found, expected) -> None:
     assert_equal(dict(found(**arguments)), dict(expected(**arguments)))
 
 
+def train(folder: Path):
+    """One step that pushes its checkpoint, and nothing after it."""
+    from transformers_puma.training import PumaTrainer, PumaTrainingArguments
+
+    pushing = {"push_to_hub": True, "hub_model_id": TRAINED, "hub_strategy": "all_checkpoints"}
+    arguments = PumaTrainingArguments(
+        str(folder / "training"), max_steps=1, save_steps=1, report_to="none", use_cpu=True, **pushing
+    )
+    rows = [{"prompt": "a cat", "completion": "<image>", "images": [picture()]}]
+    trainer = PumaTrainer(build_model(), arguments, processing_class=build_processor(), train_dataset=rows)
+    trainer.train()
+    trainer._finish_current_push()
+    return trainer.model
+
+
 def generate(model, processor) -> dict[str, torch.Tensor]:
     """Inputs and output of one generation of features."""
     inputs = processor(images=[picture()], text=TEXT, generation_mode="image", return_tensors="pt")
@@ -132,11 +148,16 @@ def generate(model, processor) -> dict[str, torch.Tensor]:
 
 def check_push(folder: Path) -> None:
     """Also saves below `folder` the model, the pipeline and what they compute, for `check_remote_code`."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
     from safetensors.torch import save_file
     from transformers import AutoModelForMultimodalLM
 
     from diffusers_puma import PumaPipeline
+    from transformers_puma.training.checkpoints import missing_files
+
+    trained = train(folder)
+    assert missing_files(Path(snapshot_download(TRAINED), "checkpoint-1")) == []
+    save_file(trained.state_dict(), folder / "trained.safetensors")
 
     model, processor, pipeline = build_model(), build_processor(), build_pipeline()
     model.push_to_hub(MODEL)
@@ -227,6 +248,8 @@ def check_remote_code(folder: Path) -> None:
     from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
     expected = load_file(folder / "model" / "model.safetensors")
+    trained = AutoModelForMultimodalLM.from_pretrained(TRAINED, trust_remote_code=True)
+    assert_equal(trained.state_dict(), load_file(folder / "trained.safetensors"))
     bare = {name.removeprefix("model."): value for name, value in expected.items() if name.startswith("model.")}
     generated = load_file(folder / "generated.safetensors")
     assert len(list((folder / "pipeline" / "mllm").glob("model.fp16-*.safetensors"))) > 1

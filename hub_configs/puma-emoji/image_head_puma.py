@@ -10,22 +10,13 @@ from transformers import initialization as init
 
 
 class PumaRegressionHead(nn.Linear):
-    """One Linear: a feature is the mean of what may stand there (report section 3.3)."""
+    """One Linear: a feature is the mean of what may stand there (report section 3.3).
+
+    Nothing but `forward`: PEFT wraps a Linear (`target_modules="all-linear"`), and no other method of it is left.
+    """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return super().forward(states.to(self.bias.dtype))  # may be trained in fp32 on a backbone in half precision
-
-    def loss_pair(
-        self, states: torch.Tensor, features: torch.Tensor, scales: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is predicted and what it should be, (n, C) each, for states (n, H) of tokens at `scales` (n,)."""
-        return self(states), features
-
-    def predict(
-        self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | None, num_steps: int
-    ) -> torch.Tensor:
-        """Features (B, m, C) from states (B, m, H)."""
-        return self(states)
 
 
 class PumaFlowHead(nn.Module):
@@ -75,7 +66,12 @@ class PumaFlowHead(nn.Module):
     def loss_pair(
         self, states: torch.Tensor, features: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predicted and true velocity, (n, C) each, at random times; from the global random state."""
+        """Predicted and true velocity, (n, C) each, at random times; from the global random state.
+
+        Args:
+            states: (n, H) of tokens at `scales` (n,).
+            features: (n, C), what is to stand there.
+        """
         features, scales = features.to(self.std.device), scales.to(self.std.device)
         target = (features.float() - self.mean[scales]) / self.std[scales]
         noise, time = torch.randn_like(target), torch.rand(len(target), device=target.device)

@@ -327,9 +327,10 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        run_image_modules: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PumaCausalLMOutputWithPast:
-        """See `PumaModel.forward` for the sequence and its images.
+        """See `PumaModel.forward` for the sequence and its images; with `labels`, `run_image_modules` is on.
 
         Args:
             labels: (B, T) supervised text tokens, -100 or an image's id elsewhere; without them none is.
@@ -351,7 +352,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             image_features=image_features,
             image_loss_mask=image_loss_mask,
             feature_noise=feature_noise,
-            run_image_modules=labels is not None,
+            run_image_modules=run_image_modules or labels is not None,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -400,7 +401,10 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             states = hidden_states[:, :-1][supervised[:, 1:]] if is_shifted else hidden_states[supervised]
             places = positions.image[supervised], positions.offset[supervised]
             scales, target = scales[places[1]], features[places]
-        predicted, target = (pair.to(device) for pair in self.image_head.loss_pair(states, target, scales))
+        if self.config.image_head == "flow":
+            predicted, target = (pair.to(device) for pair in self.image_head.loss_pair(states, target, scales))
+        else:
+            predicted = self.image_head(states).to(device)
         result.image_loss = image_loss(predicted, target, scales, weights, num_items)
 
         predicted = predicted.detach()

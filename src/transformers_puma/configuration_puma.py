@@ -131,6 +131,11 @@ class PumaConfig(PreTrainedConfig):
             raise ValueError(
                 f"text_config is of a model of several parts ({self.text_config.model_type}): give its text part"
             )
+        if getattr(self.text_config, "output_router_logits", False):
+            raise ValueError(
+                "text_config: output_router_logits=True asks for a loss that balances experts, which PUMA does not "
+                "have: expected False"
+            )
         if self.vision_config.model_type != CLIP_L14["model_type"]:
             raise ValueError(f"vision_config is of type {self.vision_config.model_type}, not of a CLIP vision model")
         if self.num_location_tokens < 0:

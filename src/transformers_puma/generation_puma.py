@@ -110,12 +110,8 @@ class PumaGenerationMixin(GenerationMixin):
                 use_cache=True,
                 attention_blocks=blocks,
             ).last_hidden_state
-            new = self.image_head.predict(
-                hidden_states[:, -(written.stop - written.start) :],
-                scales[written],
-                noise[:, written] if noise is not None else None,
-                self.config.flow_num_steps,
-            )
+            states = hidden_states[:, -(written.stop - written.start) :]
+            new = self.predict_features(states, scales[written], None if noise is None else noise[:, written])
             features = torch.cat([features, new.to(features.device)], dim=1)
             past, inputs_embeds = length, inputs_embeds[:, :0]
             blocks = blocks[:, :0] if blocks is not None else None
@@ -141,6 +137,15 @@ class PumaGenerationMixin(GenerationMixin):
             inputs_embeds, positions = self.model.embed(input_ids, image_features, image_loss_mask)
         is_blockwise = self.config.image_decoding == "next_scale"
         return inputs_embeds, positions.scale_blocks(self.config.tokens_per_scale) if is_blockwise else None
+
+    def predict_features(
+        self, states: torch.Tensor, scales: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Features (B, m, C) from states (B, m, H) of tokens at `scales` (m,), and unit noise (B, m, C) where the head
+        samples."""
+        if self.config.image_head == "flow":
+            return self.image_head.predict(states, scales, noise, self.config.flow_num_steps)
+        return self.image_head(states)
 
     def draw_feature_noise(
         self, num_rows: int, scale: int, generator: Generators, device: torch.device

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from datasets import IterableDataset
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.transformers_puma.conftest import make_picture, make_processor
 from transformers_puma import PumaConfig, PumaForConditionalGeneration
-from transformers_puma.training import PumaTrainer, PumaTrainingArguments
+from transformers_puma.training import PumaSampleCallback, PumaTrainer, PumaTrainingArguments
 
 STEPS, GLOBAL_BATCH, WORLD_SIZE = 20, 4, 2
 ZERO3 = Path(__file__).parents[2] / "examples" / "accelerate" / "zero3.json"
@@ -85,13 +86,17 @@ def run_trainer(arguments: PumaTrainingArguments, model: PumaForConditionalGener
 
 def ddp(folder: Path) -> None:
     trainer = run_trainer(make_arguments(folder / "ddp", WORLD_SIZE), load(folder))
+    streamed = trainer.evaluate(IterableDataset.from_generator(lambda: iter(make_rows()[:3])))
+    listed = trainer.evaluate(make_rows()[:3])
+    measured = [name for name in listed if "loss" in name or "mse" in name]
+    assert {name: streamed[name] for name in measured} == pytest.approx({name: listed[name] for name in measured})
     assert dist.get_world_size() == trainer.accelerator.num_processes == WORLD_SIZE
     assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
 
 
 def fsdp2(folder: Path) -> None:
     """Accelerate shards on accelerators only: here torch does, and the trainer's own parts make the loop."""
-    trainer = make_trainer(make_arguments(folder / "fsdp2", WORLD_SIZE), load(folder))
+    trainer = make_trainer(make_arguments(folder / "fsdp2", WORLD_SIZE, report_to="tensorboard"), load(folder))
     model = trainer.model.train()
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     assert dist.get_world_size() == mesh.size() == WORLD_SIZE
@@ -117,9 +122,18 @@ def fsdp2(folder: Path) -> None:
         trainer.state.global_step += 1
         history.append({"loss": trainer.accelerator.reduce(loss.detach(), "mean").item()})
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # What is sampled while the weights are sharded is what the whole model makes.
+    callback = PumaSampleCallback(trainer, [make_rows()[0], make_rows()[1]], scale=1, max_new_tokens=4)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.model.eval()
+    sharded = [sample.text for sample in callback.sample()]
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(folder / "fsdp2", state_dict=whole)
         (folder / "fsdp2" / "losses.json").write_text(json.dumps(history))
+        error = trainer.state.log_history[-1]["eval_drawn_mse_scale_1"]
+        callback.trainer = make_trainer(trainer.args, PumaForConditionalGeneration.from_pretrained(folder / "fsdp2"))
+        assert sharded == [sample.text for sample in callback.sample()]
+        assert callback.trainer.state.log_history[-1]["eval_drawn_mse_scale_1"] == pytest.approx(error, rel=1e-3)
 
 
 def zero3(folder: Path) -> None:

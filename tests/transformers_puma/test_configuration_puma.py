@@ -52,6 +52,10 @@ HYBRID = {**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"
         ("text_config", {"text_config": {"model_type": "no such model"}}),
         ("text_config is of an encoder", {"text_config": {"model_type": "bert", "vocab_size": 512}}),
         ("text_config", {"text_config": {"model_type": "vit"}}),
+        (
+            "output_router_logits=True",
+            {"text_config": {**TEXT, "model_type": "mixtral", "output_router_logits": True}},
+        ),
         ("text_loss_weight", {"text_loss_weight": -1.0}),
         ("scale_loss_weights", {"scale_loss_weights": [1, 2, -3]}),
         ("num_location_tokens", {"num_location_tokens": -1}),

@@ -71,7 +71,7 @@ def predict(model, states, generator):
     scales = scale_of_position(COUNTS)
     own = torch.Generator().manual_seed(torch.randint(2**63 - 1, (), generator=generator).item())
     noise = torch.cat([torch.randn(1, count, 32, generator=own) for count in reversed(COUNTS)], dim=1)
-    return model.image_head.predict(states[None], scales, noise, model.config.flow_num_steps)[0]
+    return model.predict_features(states[None], scales, noise)[0]
 
 
 def plain_sequence(model, row, written):

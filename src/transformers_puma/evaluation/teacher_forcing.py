@@ -44,7 +44,7 @@ def teacher_forced_features(
     stop = -1 if config.image_decoding == "autoregressive" else None
     states = hidden_states[:, -length + (stop or 0) : stop]
     scales = scale_of_position(config.tokens_per_scale).to(states.device)
-    predicted = model.image_head.predict(states, scales, noise, config.flow_num_steps)
+    predicted = model.predict_features(states, scales, noise)
     return split_scales(predicted, config.tokens_per_scale)
 
 

@@ -47,7 +47,11 @@ class StreamArguments:
 
 @dataclass
 class ProjectorArguments(StreamArguments):
-    """Arguments of every trainer of the language model."""
+    """Arguments of every trainer of the language model.
+
+    Raises:
+        ValueError: kernels that there are not for PUMA.
+    """
 
     projector_learning_rate: float | None = field(
         default=None,
@@ -58,6 +62,11 @@ class ProjectorArguments(StreamArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Rows hold texts and pictures, not arguments of the model's forward."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_liger_kernel:
+            raise ValueError("use_liger_kernel=True would do nothing, Liger knows no PUMA: expected False")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
@@ -88,6 +89,9 @@ class PumaSampleCallback(SampleCallback):
         scale: the finest scale to draw. Written feature by feature (`autoregressive`), each finer one costs four times
             the steps.
         max_new_tokens: where answers are cut.
+
+    Raises:
+        ValueError: also for rows of which nothing is supervised, and for a trainer whose collator makes no labels.
     """
 
     def __init__(
@@ -102,9 +106,21 @@ class PumaSampleCallback(SampleCallback):
         super().__init__(trainer, rows)
         if trainer.processing_class is None:
             raise ValueError("the trainer has no processing_class (the model's PumaProcessor) to read answers with")
+        for row in rows:
+            labels = trainer.data_collator([row]).get("labels")
+            if labels is None or not (labels != -100).any():
+                raise ValueError(f"a row to sample must have something supervised: {row}")
         self.decode = decode
         self.scale = scale
         self.max_new_tokens = max_new_tokens
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Of a model that FSDP shards, the weights outside its layers are there in `forward` alone, and in these.
+        for method in ("encode_image", "generate_image_features", "generate"):
+            if method not in vars(self.trainer.model):
+                register_fsdp_forward_method(self.trainer.model, method)
 
     def sample(self) -> list[Sample]:
         errors: dict[int, list[float]] = {}
@@ -117,8 +133,6 @@ class PumaSampleCallback(SampleCallback):
         model, config = self.trainer.model, self.trainer.model.config
         batch = self.trainer._prepare_inputs(self.trainer.data_collator([row]))
         ids, is_label = batch["input_ids"], batch["labels"][0] != -100
-        if not is_label.any():
-            raise ValueError(f"a row to sample must have something supervised: {row}")
         start = int(is_label.nonzero()[0])
         pictures_start = (is_label & (ids[0] == config.image_start_token_id)).nonzero()[:1].flatten().tolist()
         # A chat template puts a space before what the assistant says.

@@ -74,9 +74,13 @@ class _WholeStream(torch.utils.data.IterableDataset):
 
     def __init__(self, stream: Iterable[dict]):
         self.stream = stream
+        self.num_rows = 0  # that were read so far; stays 0 where workers read
 
     def __iter__(self) -> Iterator[dict]:
-        return iter(self.stream)
+        self.num_rows = 0
+        for row in self.stream:
+            self.num_rows += 1
+            yield row
 
 
 class ResumableTrainerMixin(Trainer):
@@ -86,7 +90,8 @@ class ResumableTrainerMixin(Trainer):
       same command starts a run and, after a kill at any moment, continues it to the same losses.
     - A checkpoint that cannot be written stops the run, and so does a loss that is not finite. The error names the
       last whole checkpoint. Weights that are not finite are never saved.
-    - A stream (`datasets.IterableDataset`) starts anew where it ends.
+    - A stream (`datasets.IterableDataset`) starts anew where it ends, in the same order.
+    - With `push_to_hub`, what is pushed at a checkpoint loads as it is, and the checkpoint is whole.
 
     Raises:
         ValueError: one process sees several GPUs.
@@ -100,6 +105,7 @@ class ResumableTrainerMixin(Trainer):
                 "torch.nn.DataParallel: start one process for each with torchrun or accelerate launch, or set "
                 "CUDA_VISIBLE_DEVICES to one"
             )
+        self._eval_stream: _WholeStream | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock loop takes up the next epoch where a stream ends. But processes have shares of different length,
@@ -117,8 +123,9 @@ class ResumableTrainerMixin(Trainer):
         different length would leave the others waiting."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         data = self.eval_dataset[data] if isinstance(data, str) else data
+        self._eval_stream = None
         if self.args.world_size > 1 and is_datasets_available() and isinstance(data, IterableDataset):
-            eval_dataset = _WholeStream(data)
+            eval_dataset = self._eval_stream = _WholeStream(data)
         return super().get_eval_dataloader(eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -201,6 +208,16 @@ class ResumableTrainerMixin(Trainer):
             yield
         finally:
             self.args.save_total_limit = limit
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if not self.args.save_only_model:
+                write_manifest(checkpoint_folder)
+            # The stock method takes the weights along, not the code that reads them.
+            for file in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(file, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _check_weights(self) -> None:
         """A finite loss can have gradients that are not, and the step after which a checkpoint is due apply them."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import UndefinedError
 from transformers.utils import logging
 
 from ..pictures import picture_size
@@ -53,6 +54,10 @@ class PumaDataCollator:
     packing: bool = False
     assistant_only_loss: bool = True
 
+    def __post_init__(self):
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} must be at least 1, or None for no limit")
+
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         rows = [tidy_row(row) for row in rows]
         encoded = [self._encode(row) for row in rows]
@@ -101,7 +106,14 @@ class PumaDataCollator:
 
     def _encode(self, row: Row) -> tuple[list[int], list[bool], list[bool]]:
         """Ids, which of them are supervised, and for each picture whether it is a target."""
-        ids, supervised = self._encode_texts(row)
+        _check_pictures(row)
+        try:
+            ids, supervised = self._encode_texts(row)
+        except (AttributeError, KeyError, TypeError, UndefinedError) as error:
+            raise ValueError(
+                f"the messages of a row need a 'role' and a 'content', which is a text or a list of parts such as "
+                f"{{'type': 'text', 'text': ..}} ({type(error).__name__}: {error}): {_excerpt(row)}"
+            ) from error
         self._shorten_given(ids, supervised, row.get("finest_given_scale"))
         starts = self._image_starts(ids)
         given = len(row.get("image_features", row.get("images", [])))
@@ -220,6 +232,17 @@ def tidy_row(row: Row) -> Row:
             raise ValueError(f"a row has its pictures in one column, got 'image' among {sorted(row)}")
         row["images"] = [row.pop("image")]
     return row
+
+
+def _check_pictures(row: Row) -> None:
+    pictures = row.get("images", [])
+    if isinstance(pictures, (str, bytes, dict)) or not hasattr(pictures, "__len__"):
+        raise ValueError(f"'images' must be a list of pictures, got a {type(pictures).__name__}: {_excerpt(row)}")
+    if any(isinstance(picture, dict) for picture in pictures):
+        raise ValueError(
+            f"'images' holds a dict, which a column of datasets gives that does not decode: expected pictures, as of "
+            f"cast_column('images', datasets.List(datasets.Image())): {_excerpt(row)}"
+        )
 
 
 def _excerpt(row: Row) -> str:

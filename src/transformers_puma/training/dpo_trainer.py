@@ -22,6 +22,7 @@ SUPPORTED = {
     "precompute_ref_batch_size": (None,),
     "dataset_num_proc": (None,),
     "trust_remote_code": (False,),
+    "router_aux_loss_coef": (None, 0.0),
 }
 
 
@@ -92,6 +93,11 @@ class PumaDPOTrainer(RowsMixin, DPOTrainer):
                 "TRL scores preferences by the weight of the text head alone, without rows that an adapter trains: "
                 "merge that adapter into the model, or make one with puma_lora_config(model, token_ids=[])"
             )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # TRL keeps the labels to itself, by which the model knows that it is trained.
+        inputs = {**inputs, "run_image_modules": True}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _freeze(self) -> None:
         super()._freeze()

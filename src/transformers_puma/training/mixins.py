@@ -1,5 +1,6 @@
 """What PUMA's trainers share, on top of `transformers.Trainer` and of its subclasses in TRL."""
 
+import math
 import random
 
 import torch
@@ -61,7 +62,8 @@ class ModelLossMixin(PumaTrainerMixin):
     Logged, over steps with own features and without, beside `loss` are `text_loss` and `image_loss`, and
     `mse_scale_i`, the unweighted squared error over all supervised tokens of scale i since the last time. Evaluations
     give the same with the prefix of the metrics, all of them, and `loss`, over the supervised tokens of the whole data
-    set, from true features.
+    set, from true features. (Of a stream that several processes evaluate through workers of a data loader, rows that
+    fill up the last batch count again.)
     """
 
     def __init__(self, *args, **kwargs):
@@ -87,9 +89,14 @@ class ModelLossMixin(PumaTrainerMixin):
                 f"own_feature_share={share} is for image_decoding='next_scale' with image_head='regression', but the "
                 f"model has {ways[0]!r} with {ways[1]!r}: expected 0"
             )
-        self._parts: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # of training, of evaluation
+        if not 0 <= self.args.feature_noise < math.inf:
+            raise ValueError(f"feature_noise={self.args.feature_noise} must be a finite number from 0")
+        # Sums of losses and errors, and their weights, of training and of evaluation.
+        self._parts = {is_training: torch.zeros(2 * (2 + config.num_scales)) for is_training in (True, False)}
+        self._is_backbone_checked = False
 
-    def train(self, *args, **kwargs):
+    def _check_backbone(self) -> None:
+        self._is_backbone_checked = True
         if self.place_model_on_device:  # else the weights are sharded, or not here yet
             model = self._puma_model()
             is_training = model.training
@@ -100,7 +107,10 @@ class ModelLossMixin(PumaTrainerMixin):
                 if model.config.image_decoding == "next_scale":
                     _require_blocks(model)
             model.train(is_training)
-        self._parts[True].clear()
+
+    def train(self, *args, **kwargs):
+        self._check_backbone()
+        self._parts[True].zero_()
         return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
@@ -143,7 +153,8 @@ class ModelLossMixin(PumaTrainerMixin):
             weights = torch.stack([num_text, num_tokens.sum()])
             losses = losses * (num_items_in_batch if counts else weights)
         errors = torch.where(num_tokens > 0, outputs.scale_losses * num_tokens, 0)
-        self._parts[model.training].append(torch.cat([losses, errors, weights, num_tokens]))
+        parts = torch.cat([losses, errors, weights, num_tokens])
+        self._parts[model.training] = self._parts[model.training].to(parts.device) + parts
         # Data parallelism averages gradients over processes; the shares of the global batch are to be summed.
         loss = outputs.loss * (self.accelerator.num_processes if counts else 1)
         return (loss, outputs) if return_outputs else loss
@@ -171,17 +182,19 @@ class ModelLossMixin(PumaTrainerMixin):
         return features
 
     def _averaged_parts(self, training: bool) -> dict[str, float]:
-        """Parts of the loss over all processes since the last call."""
-        parts = torch.stack(self._parts[training]).sum(0)
-        self._parts[training].clear()
-        sums, weights = self.accelerator.reduce(parts, reduction="sum").chunk(2)
+        """Parts of the loss over all processes since the last call; none where nothing was supervised."""
+        parts = self.accelerator.reduce(self._parts[training].to(self.args.device), reduction="sum")
+        self._parts[training].zero_()
+        sums, weights = parts.chunk(2)
+        if not weights.any():
+            return {}
         text_loss, image_loss, *errors = (sums / weights.clamp(min=1)).tolist()
         scales = enumerate(zip(errors, weights[2:].tolist(), strict=True))
         logs = {"text_loss": text_loss, "image_loss": image_loss}
         return logs | {f"mse_scale_{scale}": error for scale, (error, count) in scales if count}
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        if "loss" in logs and self._parts[True]:
+        if "loss" in logs and self._parts[True].any():
             logs |= self._averaged_parts(training=True)
         super().log(logs, start_time)
 
@@ -189,8 +202,12 @@ class ModelLossMixin(PumaTrainerMixin):
         if prediction_loss_only:
             inputs = {**inputs, "skip_logits": True}
         gradient_state = self.accelerator.gradient_state
-        if gradient_state.end_of_dataloader and gradient_state.remainder > 0:
-            inputs = self._without_repeated(inputs, gradient_state.remainder)
+        if gradient_state.end_of_dataloader:
+            num_left = gradient_state.remainder
+            if self._eval_stream is not None:  # whose length is known at its end
+                num_left = self._eval_stream.num_rows % (self.args.eval_batch_size * self.args.world_size)
+            if num_left > 0:
+                inputs = self._without_repeated(inputs, num_left)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _without_repeated(self, inputs: dict, num_left: int) -> dict:
@@ -216,11 +233,17 @@ class ModelLossMixin(PumaTrainerMixin):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self._parts[False].clear()  # of an evaluation that failed part way
+        if not self._is_backbone_checked:
+            self._check_backbone()
+        self._parts[False].zero_()  # of an evaluation that failed part way
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         parts = self._averaged_parts(training=False)
         config = self.accelerator.unwrap_model(self.model).config
-        parts["loss"] = config.text_loss_weight * parts["text_loss"] + config.image_loss_weight * parts["image_loss"]
+        if parts:
+            weighted = zip(
+                (config.text_loss_weight, config.image_loss_weight), ("text_loss", "image_loss"), strict=True
+            )
+            parts["loss"] = sum(weight * parts[name] for weight, name in weighted)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
 

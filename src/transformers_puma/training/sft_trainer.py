@@ -25,6 +25,7 @@ SUPPORTED = {
     "dataset_kwargs": (None,),
     "dataset_num_proc": (None,),
     "trust_remote_code": (False,),
+    "router_aux_loss_coef": (None, 0.0),
 }
 
 

@@ -141,6 +141,8 @@ def test_rows_and_trackers_that_will_not_do_are_refused(processor, tmp_path):
     trainer = make_trainer(processor, tmp_path)
     with pytest.raises(ValueError, match="rows is empty"):
         PumaSampleCallback(trainer, [])
+    with pytest.raises(ValueError, match="a row to sample must have something supervised"):
+        PumaSampleCallback(trainer, [{"messages": [{"role": "user", "content": "alone"}]}])
     trainer.processing_class = None
     with pytest.raises(ValueError, match="no processing_class"):
         PumaSampleCallback(trainer, ROWS)

@@ -275,6 +275,32 @@ def test_bad_rows(collator, rows, message):
         collator(rows)
 
 
+@pytest.mark.parametrize("max_length", [0, -1])
+def test_a_length_below_one_token(processor, max_length):
+    with pytest.raises(ValueError, match=f"max_length={max_length} must be at least 1, or None"):
+        PumaDataCollator(processor, max_length=max_length)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "<image>", "completion": "a", "images": make_picture(0)}, "'images' must be a list.*got a Image"),
+        ({"prompt": "<image>", "completion": "a", "images": "cat.png"}, "'images' must be a list.*got a str"),
+        (
+            {"prompt": "<image>", "completion": "a", "images": [{"bytes": b"", "path": None}]},
+            "holds a dict.*cast_column",
+        ),
+        ({"messages": [{"from": "human", "value": "x"}]}, "need a 'role' and a 'content'.*KeyError.*'human'"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "need a 'role' and a 'content'.*'hi'"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "need a 'role' and a 'content'.*None"),
+        ({"messages": []}, r"need a 'role' and a 'content'.*\{'messages': \[\]\}"),
+    ],
+)
+def test_rows_of_another_form_are_shown(collator, row, message):
+    with pytest.raises(ValueError, match=message):
+        collator([row])
+
+
 def test_a_column_of_one_picture_is_read_too(collator, picture):
     row = {"prompt": "a cat", "completion": "<image>"}
     expected, batch = collator([{**row, "images": [picture]}]), collator([{**row, "image": picture}])

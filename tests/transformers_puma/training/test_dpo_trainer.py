@@ -127,6 +127,22 @@ def test_a_model_with_an_adapter_resumes_to_the_same_numbers(processor, tmp_path
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_the_encoder_runs_for_text_alone_too(processor, tmp_path):
+    """As many times as for pictures: sharded, another process may have such."""
+    runs = []
+    for rows in (make_rows()[:2], make_rows()[2:]):
+        trainer = make_trainer(processor, tmp_path, make_model(processor), per_device_train_batch_size=2)
+        trainer.train_dataset = rows
+        calls = [0, 0]
+        for i, model in enumerate((trainer.model, trainer.ref_model)):
+            model.model.vision_tower.register_forward_hook(
+                lambda *_, i=i, calls=calls: calls.__setitem__(i, calls[i] + 1)
+            )
+        trainer.train()
+        runs.append(calls)
+    assert runs[0] == runs[1] == [1, 1]
+
+
 def test_stock_arguments_are_taken_over(processor, tmp_path):
     args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=0.3, max_steps=1)
     dataset = IterableDataset.from_generator(lambda: iter(make_rows()))

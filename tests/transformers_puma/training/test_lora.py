@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, CLIPVisionConfig
 from transformers.pytorch_utils import Conv1D
@@ -133,6 +133,25 @@ def test_an_adapted_model_draws(processor, rows, tmp_path):
     found = model.generate_image_features(**inputs, scale=1)
     expected = model.merge_and_unload().generate_image_features(**inputs, scale=1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_all_linear_layers_as_peft_finds_them(processor, rows, tmp_path):
+    """Those of the heads too, which PEFT puts a class of its own around."""
+    with torch.enable_grad():
+        adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = get_peft_model(make_model(processor), adapter)
+        arguments = PumaTrainingArguments(
+            str(tmp_path), max_steps=2, learning_rate=0.05, save_strategy="no", report_to="none", use_cpu=True
+        )
+        PumaTrainer(adapted, arguments, processing_class=processor, train_dataset=rows).train()
+    adapted.eval()
+    assert adapted.get_base_model().image_head.lora_B["default"].weight.any()
+    prompt = processor.prepare_generation(["a picture"])
+    features = adapted.generate_image_features(**prompt)
+    merged = adapted.merge_and_unload().generate_image_features(**prompt)
+    for scale in features:
+        torch.testing.assert_close(features[scale], merged[scale], rtol=1e-4, atol=1e-4)
 
 
 def test_without_token_ids_the_vocabulary_stays(processor, model):

@@ -180,6 +180,26 @@ def test_next_scale_where_tokens_of_a_scale_would_not_see_each_other(processor, 
     assert trainer.state.global_step == (message is None)
 
 
+def test_packing_is_looked_into_before_an_evaluation_too(processor, tmp_path):
+    text = {**TEXT, "model_type": "opt", "word_embed_proj_dim": 32, "ffn_dim": 32}
+    arguments = PumaTrainingArguments(str(tmp_path), packing=True, report_to="none", use_cpu=True)
+    trainer = PumaTrainer(make_model(processor, text_config=text), arguments, processing_class=processor)
+    with pytest.raises(ValueError, match="packing=True does not work with this language model"):
+        trainer.evaluate([{"text": "a row"}, {"text": "another"}])
+
+
+@pytest.mark.parametrize("noise", [-1.0, float("nan"), float("inf")])
+def test_noise_that_is_none(processor, tmp_path, noise):
+    arguments = PumaTrainingArguments(str(tmp_path), feature_noise=noise, report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=f"feature_noise={noise} must be a finite number from 0"):
+        PumaTrainer(make_model(processor), arguments, processing_class=processor)
+
+
+def test_kernels_of_liger(tmp_path):
+    with pytest.raises(ValueError, match="use_liger_kernel=True would do nothing"):
+        PumaTrainingArguments(str(tmp_path), use_liger_kernel=True)
+
+
 def test_rows_have_no_lengths_to_be_grouped_by(processor, tmp_path):
     arguments = PumaTrainingArguments(
         str(tmp_path), max_steps=1, train_sampling_strategy="group_by_length", report_to="none", use_cpu=True

@@ -171,6 +171,7 @@ def test_a_folder_is_loaded_in_four_bits(processor, tmp_path):
         ("dataset_num_proc", 2),
         ("dataset_kwargs", {"skip_prepare_dataset": True}),
         ("trust_remote_code", True),
+        ("router_aux_loss_coef", 0.1),
     ],
 )
 def test_options_that_would_do_nothing(tmp_path, option, value):

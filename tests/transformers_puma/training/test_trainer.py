@@ -263,6 +263,11 @@ def test_an_evaluation_is_a_mean_over_tokens_whatever_the_batches(processor, row
                 assert metrics[f"eval_{name}"] == pytest.approx(expected[name].item(), rel=1e-5), (size, name)
 
 
+def test_an_evaluation_of_nothing_has_no_losses(processor, rows, tmp_path):
+    trainer = make_trainer(processor, rows, tmp_path)
+    assert not [key for key in trainer.evaluate([]) if "loss" in key or "mse" in key]
+
+
 def test_an_evaluation_counts_text_alone_whatever_the_labels_of_images(processor, rows, tmp_path):
     expected = make_trainer(processor, rows, tmp_path).evaluate(rows)
     trainer = make_trainer(processor, rows, tmp_path)
