@@ -58,6 +58,13 @@ class DecoderStageMixin:
     def _check_scheduler(self, num_inference_steps: int) -> None:
         if not hasattr(self.scheduler, "init_noise_sigma"):
             raise ValueError(f"a {type(self.scheduler).__name__} does not start from scaled noise, as a decoder must")
+        config = self.scheduler.config
+        is_of_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        if is_of_flow or hasattr(self.scheduler, "precondition_inputs"):
+            raise ValueError(
+                f"a {type(self.scheduler).__name__} of flow matching or of EDM's preconditioning does not fit the "
+                "decoders, which predict noise or velocity of diffusion"
+            )
         # Each scheduler knows how many steps are too many, and says so here.
         self.scheduler.set_timesteps(num_inference_steps)
 

@@ -55,7 +55,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
 
     Args:
         vae: its latents are what the decoders denoise.
-        scheduler: one with `init_noise_sigma`, so none of flow matching; the report samples with `DDPMScheduler`.
+        scheduler: one of diffusion, not of flow matching or EDM; the report samples with `DDPMScheduler`.
         mllm: the language model. Its vision tower is then the image encoder.
         processor: of the language model.
         image_encoder: the encoder of a pipeline without language model.
@@ -63,7 +63,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         default_num_inference_steps: denoising steps where a call names none; saved with the pipeline.
 
     Raises:
-        ValueError: two encoders, or a decoder that takes other features than its scale of the encoder gives.
+        ValueError: two encoders, no VAE, or a decoder that takes other features than its scale of the encoder gives.
     """
 
     model_cpu_offload_seq = "mllm->image_encoder->unet_4->unet_3->unet_2->unet_1->unet_0->vae"
@@ -85,6 +85,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         default_num_inference_steps: int = 50,
     ) -> None:
         super().__init__()
+        if vae is None:
+            raise ValueError("vae is None: a pipeline needs its VAE, also for output_type='latent'")
         if mllm is not None and image_encoder is not None:
             raise ValueError("the language model holds the image encoder: pass mllm or image_encoder, not both")
         self.register_modules(
@@ -113,6 +115,9 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
     ) -> "PumaPipeline":
         """As `DiffusionPipeline.from_pretrained`; reads (and downloads) only some of the decoders if told which.
 
+        Without `dtype` all is in float32, the language model too. (`DiffusionPipeline.from_pretrained` leaves that in
+        the precision of its files, as transformers does.)
+
         Args:
             scales: the decoders to read; None reads all that are there.
 
@@ -124,6 +129,8 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             present = [s for s in range(NUM_SCALES) if f"unet_{s}" in kwargs or index.get(f"unet_{s}", [None])[0]]
             wanted = as_scales(scales, present, present, IMAGE_SCALE) if scales != [] else []
             kwargs = {f"unet_{s}": None for s in range(NUM_SCALES) if s not in wanted} | kwargs
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
@@ -233,7 +240,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
                 of tensors to go on with, as in diffusers; `pipe.current_scale` tells the scale. Of
                 `encoder_hidden_states` the conditional rows come first.
             callback_on_step_end_tensor_inputs: which of `latents` and `encoder_hidden_states` it gets; a
-                `PipelineCallback` of diffusers says so itself.
+                `PipelineCallback` says so itself (those that diffusers ships ask for tensors that are not here).
             scorer: `scorer(images, prompt)` -> one number per image, the higher the better.
 
         Raises:

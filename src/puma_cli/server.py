@@ -105,7 +105,7 @@ class DrawRequest(_Fields):
     scale: Annotated[Any, BeforeValidator(_parse_scale)] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED)] = None
     steps: Annotated[int | None, Field(ge=1)] = None
-    guidance: Annotated[float | None, Field(allow_inf_nan=False)] = None
+    guidance: Annotated[float | None, Field(ge=0, le=100)] = None
 
 
 class ChatRequest(_Fields):

@@ -65,8 +65,8 @@ class PumaGenerationMixin(GenerationMixin):
             `{scale: (B, k_scale, C)}`.
 
         Raises:
-            ValueError: a scale that the model does not have, a prompt that does not end with `[IMG]`, images from two
-                sources or other than the prompts hold, or another number of generators than rows.
+            ValueError: a scale that the model does not have, a prompt that does not end with `[IMG]` or is too long,
+                images from two sources or other than the prompts hold, or another number of generators than rows.
         """
         if not isinstance(scale, Integral) or not 0 <= scale < self.config.num_scales:
             raise ValueError(f"scale={scale!r} must be one of 0..{self.config.num_scales - 1}")
@@ -79,6 +79,7 @@ class PumaGenerationMixin(GenerationMixin):
         _check_generators(generator, len(input_ids))
 
         counts = self.config.tokens_per_scale
+        self._check_length(input_ids.shape[1], sum(counts[scale:]))
         passes = decoding_passes(self.config.image_decoding, counts, scale)
         scales = scale_of_position(counts).to(input_ids.device)
         noise = self.draw_feature_noise(len(input_ids), scale, generator, input_ids.device)
@@ -337,6 +338,8 @@ class PumaGenerationMixin(GenerationMixin):
         has_images = any(images is not None for images in given)
         if is_first_iteration and not has_images and inputs.get("input_ids") is not None:
             self._check_no_images(inputs["input_ids"])
+        if is_first_iteration:
+            self._check_length(input_ids.shape[1])
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -362,6 +365,13 @@ class PumaGenerationMixin(GenerationMixin):
                 f"the text holds {num_images} images, but 0 were given (each prompt is read whole: prefill_chunk_size "
                 "does not work with images)"
             )
+
+    def _check_length(self, prompt: int, image: int = 0):
+        """Raises a ValueError if these numbers of tokens are more than the language model has positions for."""
+        room = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if room is not None and prompt + image > room:
+            drawn = f" and an image of {image}" if image else ""
+            raise ValueError(f"a prompt of {prompt} tokens{drawn} does not fit the {room} of the language model")
 
     def _image_counts(self, input_ids: torch.LongTensor) -> list[int]:
         """How many images each row holds."""

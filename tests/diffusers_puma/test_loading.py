@@ -110,6 +110,11 @@ class TestFolder:
         loaded.set_progress_bar_config(disable=True)
         assert loaded("a", scale=4, output_type="pt").images.shape == (1, 3, 16, 16)
 
+    def test_all_is_single_precision_where_nothing_is_said(self, full_pipeline, tmp_path):
+        full_pipeline.to(torch.float16).save_pretrained(tmp_path)
+        loaded = PumaPipeline.from_pretrained(tmp_path)
+        assert {loaded.mllm.dtype, loaded.unet_4.dtype, loaded.vae.dtype} == {torch.float32}
+
     def test_variant(self, full_pipeline, tmp_path):
         full_pipeline.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
         loaded = PumaPipeline.from_pretrained(tmp_path, variant="bf16", dtype=torch.bfloat16)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from diffusers_puma import PumaPipeline
@@ -137,6 +137,31 @@ class TestErrors:
         with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler does not start from scaled noise"):
             full_pipeline("a")
         assert not used
+
+    @pytest.mark.parametrize(
+        "scheduler",
+        [
+            EDMEulerScheduler(),
+            DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        ],
+    )
+    def test_schedulers_of_another_process(self, full_pipeline, scheduler):
+        full_pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=f"a {type(scheduler).__name__} of flow matching or of EDM's"):
+            full_pipeline("a")
+
+    def test_no_vae(self, decoder_pipeline):
+        with pytest.raises(ValueError, match="vae is None: a pipeline needs its VAE"):
+            PumaPipeline(**{**decoder_pipeline.components, "vae": None})
+
+    def test_more_than_the_language_model_has_positions_for(self, full_pipeline, pictures):
+        full_pipeline.mllm.config.text_config.max_position_embeddings = 345
+        full_pipeline("ab", scale=4, num_inference_steps=1)
+        with pytest.raises(ValueError, match="a prompt of 4 tokens and an image of 341 does not fit the 344 of"):
+            full_pipeline.mllm.config.text_config.max_position_embeddings = 344
+            full_pipeline("ab", scale=0)
+        with pytest.raises(ValueError, match=r"a prompt of \d+ tokens does not fit the 344 of the language model"):
+            full_pipeline.ask(pictures[0], "What is this?")
 
     def test_scorer_that_gives_too_few_scores(self, full_pipeline):
         with pytest.raises(ValueError, match="1 scores of the scorer and 5 images to rank"):

@@ -97,17 +97,33 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
             self.picture_encoder = PictureEncoder(image_encoder, vae, args.device, image_processor)
             collator = PumaDecoderCollator(image_encoder.config.image_size, resolution, image_processor)
             null_features = self.picture_encoder.null_features() if null_features is None else null_features
+        elif args.resolution is not None or image_processor is not None:
+            raise ValueError(
+                "resolution and image_processor are for rows of pictures: image_encoder and vae are needed"
+            )
         trainer_arguments.setdefault("data_collator", collator)
         super().__init__(model, args, **trainer_arguments)
+        if self.label_smoother is not None or self.compute_loss_func is not None or self.compute_metrics is not None:
+            raise ValueError(
+                "the loss is that of denoising: label_smoothing_factor, compute_loss_func and compute_metrics have no "
+                "part"
+            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("PumaDecoderTrainer runs on one process or data parallel, not with FSDP or DeepSpeed")
         if self.pop_callback(TensorBoardCallback):
             self.add_callback(DecoderTensorBoardCallback)
         self.noise_scheduler = noise_scheduler
-        self.adapter_name = model.active_adapters()[0] if model._hf_peft_config_loaded else None
+        adapters = model.active_adapters() if model._hf_peft_config_loaded else []
+        if len(adapters) > 1:
+            raise ValueError(
+                f"one adapter is trained and saved at a time, but {adapters} are active: set_adapters(one)"
+            )
+        self.adapter_name = adapters[0] if adapters else None
         self._take_null_features(null_features, scale)
         self._take_precision()
         self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not self.trained:
+            raise ValueError("no weight of the decoder requires a gradient: add_adapter, or requires_grad_(True)")
         self.trained_parameters = list(self.trained.values())
         self.ema = None
         if args.ema_decay:

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
@@ -237,6 +238,10 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"schedule": {**EPSILON, "rescale_betas_zero_snr": True}}, "needs prediction_type 'v_prediction'"),
         ({"unet": "num_tokens=64"}, "features of 16 tokens cannot be pooled to 64"),
+        ({"resolution": 64}, "resolution and image_processor are for rows of pictures"),
+        ({"label_smoothing_factor": 0.3}, "the loss is that of denoising: label_smoothing_factor"),
+        ({"unet": "frozen"}, "no weight of the decoder requires a gradient: add_adapter"),
+        ({"unet": "two adapters"}, r"one adapter is trained and saved at a time, but \['a', 'b'\] are active"),
         ({"components": {"null_features": torch.zeros(16, CHANNELS)}}, r"\(1, tokens, 12\), got \(16, 12\)"),
         ({"components": {"null_features": torch.zeros(2, 16, CHANNELS)}}, r"\(1, tokens, 12\), got \(2, 16, 12\)"),
         ({"components": {"null_features": torch.zeros(1, 16, 11)}}, r"\(1, tokens, 12\), got \(1, 16, 11\)"),
@@ -244,7 +249,16 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
 )
 def test_bad_arguments_are_refused(tmp_path, arguments, message):
     if "unet" in arguments:
-        arguments = {"unet": tiny_unet(64)}
+        kind, unet = arguments["unet"], tiny_unet()
+        if kind == "num_tokens=64":
+            unet = tiny_unet(64)
+        elif kind == "frozen":
+            unet.requires_grad_(False)
+        else:
+            for name in "ab":
+                unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), name)
+            unet.set_adapters(["a", "b"])
+        arguments = {"unet": unet}
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **arguments)
 
