@@ -290,10 +290,13 @@ def test_a_length_below_one_token(processor, max_length):
             {"prompt": "<image>", "completion": "a", "images": [{"bytes": b"", "path": None}]},
             "holds a dict.*cast_column",
         ),
-        ({"messages": [{"from": "human", "value": "x"}]}, "need a 'role' and a 'content'.*KeyError.*'human'"),
-        ({"messages": [{"role": "user", "content": ["hi"]}]}, "need a 'role' and a 'content'.*'hi'"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "need a 'role' and a 'content'.*None"),
-        ({"messages": []}, r"need a 'role' and a 'content'.*\{'messages': \[\]\}"),
+        (
+            {"messages": [{"from": "human", "value": "x"}]},
+            "a row cannot be read .KeyError.*a 'role' and a 'content'.*'human'",
+        ),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "a message needs a 'role' and a 'content'.*'hi'"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "a message needs a 'role' and a 'content'.*None"),
+        ({"messages": []}, r"a message needs a 'role' and a 'content'.*\{'messages': \[\]\}"),
     ],
 )
 def test_rows_of_another_form_are_shown(collator, row, message):
