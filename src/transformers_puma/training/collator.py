@@ -111,8 +111,8 @@ class PumaDataCollator:
             ids, supervised = self._encode_texts(row)
         except (AttributeError, KeyError, TypeError, UndefinedError) as error:
             raise ValueError(
-                f"a row cannot be read ({type(error).__name__}: {error}); a message needs a 'role' and a 'content', which "
-                f"is a text or a list of parts such as {{'type': 'text', 'text': ..}}: {_excerpt(row)}"
+                f"a row cannot be read ({type(error).__name__}: {error}); a message needs a 'role' and a 'content', "
+                f"which is a text or a list of parts such as {{'type': 'text', 'text': ..}}: {_excerpt(row)}"
             ) from error
         self._shorten_given(ids, supervised, row.get("finest_given_scale"))
         starts = self._image_starts(ids)
