@@ -86,10 +86,13 @@ def run_trainer(arguments: PumaTrainingArguments, model: PumaForConditionalGener
 
 def ddp(folder: Path) -> None:
     trainer = run_trainer(make_arguments(folder / "ddp", WORLD_SIZE), load(folder))
-    streamed = trainer.evaluate(IterableDataset.from_generator(lambda: iter(make_rows()[:3])))
-    listed = trainer.evaluate(make_rows()[:3])
-    measured = [name for name in listed if "loss" in name or "mse" in name]
-    assert {name: streamed[name] for name in measured} == pytest.approx({name: listed[name] for name in measured})
+    stream = IterableDataset.from_generator(lambda: iter(make_rows()[:3]))
+    trainer.args.prediction_loss_only = True
+    evaluated = [trainer.evaluate(stream), trainer.evaluate(make_rows()[:3])]
+    evaluated.append(trainer.predict(stream, metric_key_prefix="eval").metrics)
+    measured = [name for name in evaluated[1] if "loss" in name or "mse" in name]
+    streamed, listed, predicted = ({name: metrics[name] for name in measured} for metrics in evaluated)
+    assert streamed == predicted == pytest.approx(listed)
     assert dist.get_world_size() == trainer.accelerator.num_processes == WORLD_SIZE
     assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
 

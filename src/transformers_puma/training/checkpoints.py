@@ -119,14 +119,20 @@ class ResumableTrainerMixin(Trainer):
             self.train_dataset = once
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Of a stream each process reads its part of every global batch, the last filled up from the start: shares of
-        different length would leave the others waiting."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        data = self.eval_dataset[data] if isinstance(data, str) else data
-        self._eval_stream = None
+        self._eval_stream = self._whole_stream(self.eval_dataset[data] if isinstance(data, str) else data)
+        return super().get_eval_dataloader(self._eval_stream or eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        self._eval_stream = self._whole_stream(test_dataset)
+        return super().get_test_dataloader(self._eval_stream or test_dataset)
+
+    def _whole_stream(self, data: Any) -> _WholeStream | None:
+        """Of a stream each process reads its part of every global batch, the last filled up from the start: shares of
+        different length would leave the others waiting. None for other data, and for one process."""
         if self.args.world_size > 1 and is_datasets_available() and isinstance(data, IterableDataset):
-            eval_dataset = self._eval_stream = _WholeStream(data)
-        return super().get_eval_dataloader(eval_dataset)
+            return _WholeStream(data)
+        return None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`, but True is no error where there is no checkpoint yet.

@@ -240,10 +240,9 @@ class ModelLossMixin(PumaTrainerMixin):
         parts = self._averaged_parts(training=False)
         config = self.accelerator.unwrap_model(self.model).config
         if parts:
-            weighted = zip(
-                (config.text_loss_weight, config.image_loss_weight), ("text_loss", "image_loss"), strict=True
+            parts["loss"] = (
+                config.text_loss_weight * parts["text_loss"] + config.image_loss_weight * parts["image_loss"]
             )
-            parts["loss"] = sum(weight * parts[name] for weight, name in weighted)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
 
