@@ -85,10 +85,12 @@ def _read_part(part: Any, where: str, images: list[Image.Image]) -> dict[str, An
     match part:
         case {"type": "text", "text": str(text), **rest} if not rest:
             return {"type": "text", "text": text}
-        case {"type": "image_url", "image_url": {"url": str(url), **options}, **rest} if not rest and options in (
-            {},
-            {"detail": "auto"},
+        case {"type": "image_url", "image_url": {"url": str(url), **options}, **rest} if (
+            not rest and options.keys() <= {"detail"}
         ):
+            if options.get("detail", "auto") != "auto":
+                detail = shown(options["detail"])
+                raise UserError(f"{where}: detail must be auto, as pictures are read in one size, got {detail}")
             images.append(_read_data_url(url, where))
             return {"type": "image"}
     raise UserError(f"{where} must be a text or an image_url part, got {shown(part)}")

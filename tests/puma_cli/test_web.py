@@ -339,7 +339,7 @@ class TestServe:
             ([{"type": "input_audio", "input_audio": {}}], "messages[0].content[0] must be a text or an image_url"),
             (
                 [{"type": "image_url", "image_url": {"url": "data:", "detail": "low"}}],
-                "must be a text or an image_url",
+                "messages[0].content[0]: detail must be auto, as pictures are read in one size",
             ),
             ([{"type": "text", "text": "a", "name": "b"}], "must be a text or an image_url"),
             (5, "messages[0].content must be a text or a list of parts, got 5"),
