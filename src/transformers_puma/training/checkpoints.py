@@ -186,9 +186,8 @@ class ResumableTrainerMixin(Trainer):
         try:
             with self._no_rotation():
                 super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save and not self.args.save_only_model:
-                write_manifest(checkpoint)
+            if not self.args.push_to_hub:  # else it was done before the push
+                self._complete(checkpoint)
         # torch reports a failed write as a RuntimeError, safetensors as its own error.
         except (OSError, RuntimeError, SafetensorError) as error:
             folder = next(path for path in checkpoint.absolute().parents if path.exists())
@@ -216,14 +215,17 @@ class ResumableTrainerMixin(Trainer):
             self.args.save_total_limit = limit
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if not self.args.save_only_model:
-                write_manifest(checkpoint_folder)
-            # The stock method takes the weights along, not the code that reads them.
+        self._complete(checkpoint_folder)
+        if self.args.should_save:  # the stock method takes the weights along, not the code that reads them
             for file in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(file, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
+
+    def _complete(self, checkpoint: str | Path) -> None:
+        """Once all processes have written their files of a checkpoint."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and not self.args.save_only_model:
+            write_manifest(checkpoint)
 
     def _check_weights(self) -> None:
         """A finite loss can have gradients that are not, and the step after which a checkpoint is due apply them."""

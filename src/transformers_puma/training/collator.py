@@ -240,7 +240,7 @@ def _check_pictures(row: Row) -> None:
         raise ValueError(f"'images' must be a list of pictures, got a {type(pictures).__name__}: {_excerpt(row)}")
     if any(isinstance(picture, dict) for picture in pictures):
         raise ValueError(
-            f"'images' holds a dict, which a column of datasets gives that does not decode: expected pictures, as of "
+            "'images' holds a dict, which a column of datasets gives that does not decode: expected pictures, as of "
             f"cast_column('images', datasets.List(datasets.Image())): {_excerpt(row)}"
         )
 
