@@ -22,6 +22,8 @@ from emoji_words import (
 Picture = tuple[str, int]
 GENDER_SIGNS = {"2640", "2642"}
 GENDER_WORDS = {"female": "woman", "male": "man"}
+# How the names of drawings of several people begin.
+SEVERAL_PEOPLE = ("couple", "family", "kiss:", "men ", "people ", "women ")
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ def tone_edit(source: int, target: int, texts: list[dict]) -> Edit | None:
 
 
 def gender_edit(source: int, target: int, texts: list[dict]) -> Edit | None:
+    """Of one person: of several, "the person" names none."""
     old, new = texts[source]["gender"], texts[target]["gender"]
-    if new not in GENDER_WORDS or old == new:
+    if new not in GENDER_WORDS or old == new or texts[source]["name"].startswith(SEVERAL_PEOPLE):
         return None
     word = GENDER_WORDS[new]
     return Edit(

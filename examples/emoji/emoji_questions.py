@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from emoji_words import NO_PLURAL, NUMBERS, is_plural, noun, plural, relation, the, where, with_article
+from emoji_words import NO_PLURAL, NUMBERS, is_alone, is_plural, noun, plural, relation, the, where, with_article
 
 WHAT, STYLE, GROUP, COLOUR = (
     "What is this?",
@@ -70,8 +70,7 @@ EMOJI_TYPES: dict[str, Callable[[dict, dict, random.Random], Question | None]] =
 
 def single_things(objects: list[dict]) -> list[dict]:
     """Objects whose noun means them alone."""
-    counts = Counter(map(noun, objects))
-    return [thing for thing in objects if counts[noun(thing)] == 1]
+    return [thing for thing in objects if is_alone(thing, objects)]
 
 
 def counting(scene: dict, other: dict, rng: random.Random) -> Question | None:

@@ -153,7 +153,7 @@ class EmojiSplit:
         else:
             scene, others = self.scenes[row], rng.sample(self.shown, 2)
             asked = [is_there(scene, self.scenes[other], rng) for other in others] + [lies_as_said(scene, rng)]
-        return list(filter(None, asked))
+        return list({question.question: question for question in asked if question}.values())
 
     def questions(self, picture: Picture, rng: random.Random, count: int) -> list[Question]:
         """Up to `count` questions about a picture, of different types in random order."""

@@ -27,6 +27,7 @@ IRREGULAR = {
     "mouse": "mice", "goose": "geese", "ox": "oxen", "wolf": "wolves", "knife": "knives", "leaf": "leaves",
     "sheaf": "sheaves", "die": "dice", "fish": "fish", "sheep": "sheep", "deer": "deer", "moose": "moose",
     "bison": "bison", "buffalo": "buffalo", "shrimp": "shrimp", "squid": "squid", "sushi": "sushi",
+    "skis": "skis", "snowman": "snowmen",
 }  # fmt: skip
 # Names that take neither an article nor a plural.
 NO_PLURAL = {
@@ -81,7 +82,7 @@ def plural(name: str) -> str:
         last = IRREGULAR[last]
     elif last.endswith(("s", "x", "ch", "sh", "z")) or last in ("mango", "potato", "tomato", "mosquito", "flamingo"):
         last += "es"
-    elif last.endswith("y") and last[-2] not in "aeiou":
+    elif last.endswith("y") and last[-2:-1] not in "aeiou":
         last = last[:-1] + "ies"
     else:
         last += "s"
@@ -91,6 +92,12 @@ def plural(name: str) -> str:
 def noun(thing: dict) -> str:
     """'blue car' of an object that was recoloured, else 'car'."""
     return f"{thing['adjective']} {thing['name']}".strip()
+
+
+def is_alone(thing: dict, objects: list[dict]) -> bool:
+    """Whether the thing's noun means no other one of `objects`: "the cat" may mean a blue cat too."""
+    named = [other for other in objects if other["name"] == thing["name"]]
+    return sum(thing["adjective"] in ("", other["adjective"]) for other in named) == 1
 
 
 def with_article(phrase: str, name: str) -> str:
@@ -111,8 +118,7 @@ def where(place: str) -> str:
 
 def the(thing: dict, objects: list[dict]) -> str:
     """A phrase that means this object and no other one of the scene."""
-    alike = sum(noun(other) == noun(thing) for other in objects)
-    return f"the {noun(thing)}" + (f" {where(thing['place'])}" if alike > 1 else "")
+    return f"the {noun(thing)}" + ("" if is_alone(thing, objects) else f" {where(thing['place'])}")
 
 
 def joined(phrases: list[str]) -> str:

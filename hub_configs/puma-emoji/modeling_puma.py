@@ -88,9 +88,9 @@ class PumaModel(PumaPreTrainedModel):
             return self._project(features[:, positions])
         places = torch.arange(self.config.image_seq_length, device=features.device)[positions]
         queries = self.image_queries(places).expand(len(features), -1, -1)
-        parents = parent_of_position(self.config.tokens_per_scale).to(features.device)[positions]
-        if self.config.image_decoding == "prefilled" or (parents < 0).all():
+        if self.config.image_decoding == "prefilled" or positions.stop <= self.config.tokens_per_scale[-1]:
             return queries
+        parents = parent_of_position(self.config.tokens_per_scale).to(features.device)[positions]
         states = self._project(features[:, parents.clamp(min=0)])
         return queries + torch.where((parents < 0)[:, None], 0, states)
 

@@ -148,10 +148,11 @@ class PumaProcessor(ProcessorMixin):
             if boxes is not None:
                 self._check_image_count(texts, images)
                 texts = self._write_boxes(texts, boxes if is_batch else [boxes], images)
-            elif any(BOX_MARK in sample for sample in texts):
-                raise ValueError(
-                    f"the text holds {sum(s.count(BOX_MARK) for s in texts)} {BOX_MARK} but 0 boxes were given"
-                )
+            else:
+                self.locate_boxes(MARKUP.findall(" ".join(texts)), [], [])  # an error if there are marks
+            # A rendered chat begins with BOS already; as in `apply_chat_template` of transformers with `tokenize`.
+            if self.tokenizer.bos_token and all(sample.startswith(self.tokenizer.bos_token) for sample in texts):
+                kwargs.setdefault("add_special_tokens", False)
             text = [sample + IMAGE_START_TOKEN for sample in texts] if generation_mode == "image" else texts
             if images is not None and not any(_nested_images(images)):
                 images = None  # a list without pictures, which has no pixels
@@ -166,9 +167,8 @@ class PumaProcessor(ProcessorMixin):
         marks = [sample.count(IMAGE_TOKEN) for sample in texts]
         given = [] if images is None else _nested_images(images)
         # A list for each text is matched text by text, a flat list over the whole batch.
-        per_text = (
-            isinstance(images, (list, tuple)) and len(given) == len(texts) and isinstance(images[0], (list, tuple))
-        )
+        is_nested = isinstance(images, (list, tuple)) and len(images) > 0 and isinstance(images[0], (list, tuple))
+        per_text = is_nested and len(given) == len(texts)
         counts = [len(group) for group in given]
         if (marks != counts) if per_text else (sum(marks) != sum(counts)):
             found, passed = (marks, counts) if per_text else (sum(marks), sum(counts))
@@ -177,9 +177,8 @@ class PumaProcessor(ProcessorMixin):
     def _write_boxes(self, texts: list[str], boxes: list, images) -> list[str]:
         if len(boxes) != len(texts):
             raise ValueError(f"boxes for {len(boxes)} texts were given, but there are {len(texts)} texts")
-        sizes = iter(
-            [picture_size(image) for group in _nested_images(images) for image in group] if images is not None else []
-        )
+        groups = [] if images is None else _nested_images(images)
+        sizes = iter([picture_size(image) for group in groups for image in group])
         written = []
         for sample, sample_boxes in zip(texts, boxes, strict=True):
             marks = MARKUP.findall(sample)
@@ -384,8 +383,9 @@ class PumaProcessor(ProcessorMixin):
     def _shield(self, text: str) -> str:
         """Wraps what would become a special token, for `_encode_shielded`."""
         text.encode()  # raises what `encode_plain` does
-        special = "|".join(re.escape(token) for token in [*self._special_tokens().values(), SHIELD[0]])
-        return re.sub(special, lambda match: f"{SHIELD[0]}{match[0]}{SHIELD[1]}", text)
+        tokens = [*self._special_tokens().values(), SHIELD[0]]
+        special = "|".join(re.escape(token) for token in tokens if token in text)
+        return re.sub(special, lambda match: f"{SHIELD[0]}{match[0]}{SHIELD[1]}", text) if special else text
 
     def _encode_shielded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
         """Ids of a rendered chat in which shielded pieces are plain text and `<image>` is a whole image; for each

@@ -15,6 +15,7 @@ from transformers_puma import (
     multigranular_features,
     tokens_per_scale,
 )
+from transformers_puma.granularity import num_scales_of_grid
 from transformers_puma.image_decoding_puma import decoding_passes
 
 from .loading import bring_in
@@ -107,5 +108,4 @@ class FeatureStageMixin:
         if self.mllm is not None:
             return self.mllm.config.tokens_per_scale
         grid_size = self._vision_config.image_size // self._vision_config.patch_size
-        lowest_set_bit = grid_size & -grid_size
-        return tokens_per_scale(grid_size, lowest_set_bit.bit_length())
+        return tokens_per_scale(grid_size, num_scales_of_grid(grid_size))

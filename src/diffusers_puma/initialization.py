@@ -25,10 +25,10 @@ from transformers_puma.assembly import (
     assemble_puma,
     load_encoder,
     load_language_model,
-    num_scales_of_grid,
     require_encoder,
     require_language_model,
 )
+from transformers_puma.granularity import num_scales_of_grid
 
 from .conversion import (
     DECODERS,

@@ -4,16 +4,19 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from diffusers_puma import PumaPipeline
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 
 from .errors import UserError, one_line
 from .model_source import ModelSource
+
+if TYPE_CHECKING:
+    from diffusers_puma import PumaPipeline
 
 LIBRARIES = ("transformers", "diffusers", "huggingface_hub")
 # Both libraries fill weights that a folder lacks with random numbers and only warn of it: transformers in a table with
@@ -39,13 +42,15 @@ def choose_dtype(dtype: str | None, device: str) -> torch.dtype:
 
 def load_pipeline(
     model: ModelSource, scales: list[int], device: str | None = None, dtype: str | None = None
-) -> PumaPipeline:
+) -> "PumaPipeline":
     """The model's pipeline with the decoders of `scales` only.
 
     Raises:
         UserError: no such device, weights that are missing or unreadable.
         ValueError, OSError: of the libraries, for a folder that they cannot read.
     """
+    from diffusers_puma import PumaPipeline  # seconds, which a command without decoders does not need
+
     device = choose_device(device)
     parts = {"mllm", "image_encoder", "vae", *(f"unet_{scale}" for scale in scales)}
     model.require_weights([part for part in model.components if part in parts])

@@ -49,7 +49,7 @@ def _scale(text: str, words: tuple[str, ...]) -> int | str:
         return text
     if text.isascii() and text.isdigit() and int(text) < NUM_SCALES:
         return int(text)
-    expected = ", ".join([f"0 (finest) to {NUM_SCALES - 1} (coarsest)", *filter(None, [" or ".join(words)])])
+    expected = " or ".join([f"0 (finest) to {NUM_SCALES - 1} (coarsest)", *words])
     raise argparse.ArgumentTypeError(f"must be {expected}, got {shown(text)}")
 
 

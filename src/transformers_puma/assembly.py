@@ -31,13 +31,13 @@ from puma_files import read_safetensors_header, shard_files, unreadable
 
 from .cache_name_puma import CACHE
 from .configuration_puma import PumaConfig
+from .granularity import num_scales_of_grid
 from .image_processing_puma import PumaImageProcessor
 from .modeling_puma import PumaForConditionalGeneration
 from .open_clip_vision import load_open_clip
 from .processing_puma import PumaProcessor, add_puma_tokens
 
 OPEN_CLIP = "open_clip:"
-MAX_SCALES = 5
 VOCABULARY_MULTIPLE = 64
 MAX_ANSWER_TOKENS = 128
 VISION_TOWER = {r"^model\.vision_tower\.": ""}
@@ -125,12 +125,6 @@ def _load_image_processor(name: str, image_size: int) -> PumaImageProcessor:
         return PumaImageProcessor(size=size)
     published = CLIPImageProcessorPil.from_pretrained(name)
     return PumaImageProcessor(size=size, image_mean=published.image_mean, image_std=published.image_std)
-
-
-def num_scales_of_grid(grid_size: int) -> int:
-    """As many scales as a grid of that side can be halved for, itself counted, but no more than the report's five."""
-    lowest_set_bit = grid_size & -grid_size
-    return min(MAX_SCALES, lowest_set_bit.bit_length())
 
 
 def assemble_puma(

@@ -119,6 +119,8 @@ class PumaConfig(PreTrainedConfig):
         return super().save_pretrained(*args, **kwargs)
 
     def _validate_puma(self):
+        # Not in `validate_*` methods, which `@strict` calls by itself: it wraps their errors in one that is no
+        # ValueError.
         if self.text_config.is_encoder_decoder:
             raise ValueError(f"text_config is of an encoder-decoder ({self.text_config.model_type}), not decoder-only")
         if self.text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(

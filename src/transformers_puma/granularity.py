@@ -12,6 +12,14 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
+MAX_SCALES = 5  # the report's
+
+
+def num_scales_of_grid(grid_size: int) -> int:
+    """As many scales as a grid of that side can be halved for, itself counted, but no more than the report's five."""
+    lowest_set_bit = grid_size & -grid_size
+    return min(MAX_SCALES, lowest_set_bit.bit_length())
+
 
 def tokens_per_scale(grid_size: int, num_scales: int) -> list[int]:
     """Token counts k_0..k_N of a `grid_size` x `grid_size` grid; `(16, 5)` gives `[256, 64, 16, 4, 1]`."""
@@ -74,6 +82,5 @@ def split_scales(sequence: torch.Tensor, tokens_per_scale: Sequence[int]) -> dic
 
 def scale_of_position(tokens_per_scale: Sequence[int]) -> torch.Tensor:
     """(S,) long: the scale that stands at each position of an image's sequence, coarsest first."""
-    counts = torch.tensor(list(tokens_per_scale))
-    scales = torch.arange(len(counts))
-    return scales.flip(0).repeat_interleave(counts.flip(0))
+    scales = reversed(list(enumerate(tokens_per_scale)))
+    return torch.cat([torch.full((count,), scale) for scale, count in scales])

@@ -270,7 +270,7 @@ class TestServe:
     @pytest.mark.parametrize(
         ("options", "text"),
         [
-            ({"extra_body": {"scale": 7}}, "scale: must be 0 (finest) to 4 (coarsest), all or best, got '7'"),
+            ({"extra_body": {"scale": 7}}, "scale: must be 0 (finest) to 4 (coarsest) or all or best, got '7'"),
             ({"extra_body": {"scale": [3, 4]}}, "scale: must be a scale, all, best or a schedule"),
             ({"size": "big"}, "size: must be auto or WIDTHxHEIGHT in pixels, got 'big'"),
             ({"size": "15x16"}, "width must be a positive multiple of"),

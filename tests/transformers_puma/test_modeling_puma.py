@@ -77,6 +77,15 @@ def test_one_compiled_graph_reads_images_and_refuses_what_does_not_fit(model, ba
         compiled(**{**batch, "input_ids": too_few})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("image_decoding", ["prefilled", "next_scale"])
+def test_one_compiled_graph_reads_written_images(processor, batch, image_decoding):
+    model = make_model(processor, image_decoding=image_decoding)
+    written = torch.tensor([True, False, True])
+    compiled = torch.compile(model, fullgraph=True)(**batch, image_loss_mask=written)
+    torch.testing.assert_close(compiled.logits, model(**batch, image_loss_mask=written).logits)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_any_decoder_reads_text_as_the_stock_model_does(processor, backbone):
     model = make_model(processor, text_config=BACKBONES[backbone])

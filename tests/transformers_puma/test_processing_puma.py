@@ -123,6 +123,8 @@ def test_without_special_text_a_question_is_tokenised_as_the_chat_template_is(pr
     )
     ours = processor.prepare_question(["what?"], [[picture]])
     assert torch.equal(stock["input_ids"], ours["input_ids"])
+    rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert torch.equal(processor(text=rendered, images=[picture], return_tensors="pt")["input_ids"], ours["input_ids"])
     assert torch.equal(stock["pixel_values"], ours["pixel_values"])
 
 

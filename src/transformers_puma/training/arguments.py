@@ -85,7 +85,7 @@ class ModelLossArguments(ProjectorArguments):
         metadata={
             "help": "Share of the steps in which the images to be written are read as the model writes them, not as "
             "they are (scheduled sampling, arXiv 1506.03099), so that it learns to write on after its own errors. "
-            "Costs a pass without gradient, encoder included, for each finer scale; feature_noise comes on top. For "
+            "Costs a pass without gradient for each finer scale; feature_noise comes on top. For "
             "image_decoding='next_scale' with regression."
         },
     )

@@ -8,7 +8,7 @@ from jinja2 import UndefinedError
 from transformers.utils import logging
 
 from ..pictures import picture_size
-from ..processing_puma import MARKUP, PumaProcessor
+from ..processing_puma import IMAGE_TOKEN, MARKUP, PumaProcessor
 
 Row = dict[str, Any]
 
@@ -21,7 +21,8 @@ class PumaDataCollator:
 
     - `{"prompt", "completion"}`: texts in which `<image>` stands for a picture; the completion is supervised;
     - the same as lists of messages; what the assistant says in the completion is supervised;
-    - `{"messages"}`: a conversation with `{"type": "image"}` parts; what the assistant says is supervised;
+    - `{"messages"}`: a conversation with `{"type": "image"}` parts, or of plain texts alone, where the pictures come
+      before the first of the user's, as in TRL; what the assistant says is supervised;
     - `{"text"}`: all of it is supervised.
 
     Other than these marks, nothing in a text becomes a special token. `boxes`, each (x_min, y_min, x_max, y_max) in
@@ -179,7 +180,7 @@ class PumaDataCollator:
         """Ids of the row's texts, and which of them are supervised."""
         boxes, sizes = row.get("boxes"), self._picture_sizes(row)
         if "messages" in row:
-            ids, answers = self.processor.encode_conversation(row["messages"], boxes, sizes)
+            ids, answers = self.processor.encode_conversation(_place_pictures(row["messages"], row), boxes, sizes)
             return ids, answers if self.assistant_only_loss else [True] * len(ids)
         if "text" in row:
             return self._encode_pair("", row["text"], boxes or [], sizes)
@@ -191,7 +192,8 @@ class PumaDataCollator:
         if isinstance(prompt, str) and isinstance(completion, str):
             return self._encode_pair(prompt, completion, boxes or [], sizes)
         if isinstance(prompt, list) and isinstance(completion, list):
-            return self.processor.encode_conversation([*prompt, *completion], boxes, sizes, num_given=len(prompt))
+            messages = _place_pictures([*prompt, *completion], row)
+            return self.processor.encode_conversation(messages, boxes, sizes, num_given=len(prompt))
         kinds = f"a {type(prompt).__name__} and a {type(completion).__name__}"
         raise ValueError(f"prompt and completion must both be texts or both be lists of messages, got {kinds}")
 
@@ -207,14 +209,19 @@ class PumaDataCollator:
 class PumaPreferenceCollator(PumaDataCollator):
     """Batches `{"prompt", "chosen", "rejected", "images"}` for `PumaDPOTrainer`, texts or lists of messages.
 
-    The pictures are those of the prompt. A call returns `input_ids`, `attention_mask` and `completion_mask` (2B, T),
-    all chosen answers before all rejected ones, and with pictures `pixel_values` or `image_features`, in that order.
+    Without a prompt it is what both answers begin with, as in TRL. The pictures are those of the prompt. A call
+    returns `input_ids`, `attention_mask` and `completion_mask` (2B, T), all chosen answers before all rejected ones,
+    and with pictures `pixel_values` or `image_features`, in that order.
     """
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         for row in rows:
-            if not {"prompt", "chosen", "rejected"} <= row.keys():
+            if not {"chosen", "rejected"} <= row.keys():
                 raise ValueError(f"a preference needs 'prompt', 'chosen' and 'rejected'; got {sorted(row)}")
+        if not all("prompt" in row for row in rows):
+            from trl.data_utils import extract_prompt  # an extra, which preferences are trained with
+
+            rows = [row if "prompt" in row else {**row, **extract_prompt(row)} for row in rows]
         answers = [{**row, "completion": row[answer]} for answer in ("chosen", "rejected") for row in rows]
         batch = super().__call__(answers)
         if batch.pop("image_loss_mask", torch.tensor(False)).any():
@@ -232,6 +239,17 @@ def tidy_row(row: Row) -> Row:
             raise ValueError(f"a row has its pictures in one column, got 'image' among {sorted(row)}")
         row["images"] = [row.pop("image")]
     return row
+
+
+def _place_pictures(messages: list[dict], row: Row) -> list[dict]:
+    """As TRL has it: where all messages are plain texts, the row's pictures come before the first of the user's."""
+    count = len(row.get("image_features", row.get("images", [])))
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
+    texts = [message["content"] for message in messages]
+    if not count or first is None or any(not isinstance(text, str) or IMAGE_TOKEN in text for text in texts):
+        return messages
+    content = [{"type": "image"}] * count + [{"type": "text", "text": texts[first]}]
+    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
 
 
 def _check_pictures(row: Row) -> None:

@@ -169,7 +169,8 @@ class ModelLossMixin(PumaTrainerMixin):
         """(n, S, C) the images of a batch, those to be written as the model writes them; None where nothing is.
 
         A scale is written from the one before, so each pass makes one more scale of the first written image of a row
-        what generation would; a later one of the row is written from images that were on their way.
+        what generation would; a later one of the row is written from images that were on their way. `inputs` then
+        holds the encoder's features in place of pixels: they are the same for all passes, the last included.
 
         Args:
             num_tokens: (num_scales,) supervised in this batch.
@@ -178,7 +179,10 @@ class ModelLossMixin(PumaTrainerMixin):
         num_scales = int((self.accelerator.reduce(num_tokens, reduction="sum") > 0).sum())
         features = None
         for _ in range(num_scales - 1):
-            features = model(**inputs, read_features=features, use_cache=False).predicted_features
+            outputs = model(**inputs, read_features=features, use_cache=False)
+            features = outputs.predicted_features
+            if inputs.pop("pixel_values", None) is not None:
+                inputs["image_features"] = outputs.image_features
         return features
 
     def _averaged_parts(self, training: bool) -> dict[str, float]:
@@ -283,10 +287,13 @@ def _require_blocks(model: PumaModel) -> None:
     """
     kind = model.config.text_config.model_type
     expected = "expected image_decoding='autoregressive' or 'prefilled'"
-    # Two sequences that differ in the last token of a block.
-    input_ids = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 3]], device=model.device)
+    # Two sequences that differ in the last token of a block; of noise, for what a model has learnt of two tokens may
+    # be the same but for rounding.
     blocks = torch.tensor([[-1, 0, 0, -1]], device=model.device).expand(2, -1)
-    embeddings = model.get_input_embeddings()(input_ids)
+    learnt = model.get_input_embeddings()(torch.arange(4, device=model.device))
+    noise = torch.randn(learnt.shape, generator=torch.Generator().manual_seed(0)).to(learnt)
+    embeddings = (noise * learnt.std()).repeat(2, 1, 1)
+    embeddings[1, 2] *= -1
     try:
         states = model(inputs_embeds=embeddings, attention_blocks=blocks, use_cache=False).last_hidden_state[:, 1]
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:

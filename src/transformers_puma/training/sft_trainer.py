@@ -20,9 +20,9 @@ SUPPORTED = {
     "truncation_mode": ("keep_start",),
     "pad_to_multiple_of": (None,),
     "pad_token": (None,),
-    "dataset_text_field": ("text",),
+    "dataset_text_field": ("text", ""),
     "shuffle_dataset": (False,),
-    "dataset_kwargs": (None,),
+    "dataset_kwargs": (None, {"skip_prepare_dataset": True}),  # which is how rows are read in any case
     "dataset_num_proc": (None,),
     "trust_remote_code": (False,),
     "router_aux_loss_coef": (None, 0.0),

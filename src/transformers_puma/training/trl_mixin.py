@@ -31,8 +31,8 @@ def load_model_and_processor(
     model_init_kwargs: dict | None,
     quantization_config: QuantizationConfigMixin | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A model given as a folder or Hub id is loaded, in float32 unless `model_init_kwargs` says otherwise, and so is
-    its processor if none is given.
+    """A model given as a folder or Hub id is loaded, in float32 unless `model_init_kwargs` says otherwise. If no
+    processor is given, it is loaded from where the model is from.
 
     Raises:
         ValueError: no processor; `model_init_kwargs` or a `quantization_config` for a model that is loaded already.
@@ -40,8 +40,10 @@ def load_model_and_processor(
     settings = dict(model_init_kwargs or {})
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
+    source = model if isinstance(model, str) else model.config.name_or_path
+    if processor is None and source:
+        processor = AutoProcessor.from_pretrained(source)
     if isinstance(model, str):
-        processor = processor or AutoProcessor.from_pretrained(model)
         model = PumaForConditionalGeneration.from_pretrained(model, **{"dtype": torch.float32, **settings})
     elif settings:
         raise ValueError(f"model_init_kwargs={settings} has no part in a model that is given: set it there")

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from transformers.utils import logging
+from trl.data_utils import prepare_multimodal_messages
 
 from transformers_puma import flatten_scales
 from transformers_puma.training import PumaDataCollator, PumaPreferenceCollator
@@ -153,6 +154,23 @@ def test_conversations_as_prompt_and_completion(collator, processor, picture):
     assert torch.equal(batch["input_ids"], collator([{**row, "messages": prompt + completion}])["input_ids"])
 
 
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_pictures_of_plain_messages_come_first_as_in_trl(collator, processor, form):
+    """Two pictures, after a system message; a mark in such a text is text, and no place of a picture."""
+    pictures = [make_picture(0), make_picture(1)]
+    said = {"system": "Hi.", "user": "what?", "assistant": "a cat"}
+    system, user, assistant = ({"role": role, "content": text} for role, text in said.items())
+    rows = {"messages": {"messages": [system, user, assistant]}}
+    rows["prompt"] = {"prompt": [system, user], "completion": [assistant]}
+    batch = collator([{**rows[form], "images": pictures}])
+    parts = prepare_multimodal_messages(rows["messages"]["messages"], pictures)
+    expected = collator([{"messages": parts, "images": pictures}])
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert batch["image_loss_mask"].tolist() == [False, False]
+    with pytest.raises(ValueError, match="holds 0 images but 2"):
+        collator([{"messages": [{**user, "content": "<image><image>what?"}, assistant], "images": pictures}])
+
+
 def test_all_of_a_conversation_may_be_supervised(processor, picture):
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
@@ -240,6 +258,11 @@ def test_preferences_are_pairs_of_answers(processor, picture):
     assert batch["pixel_values"].shape[0] == 4 and not {"labels", "image_loss_mask"} & batch.keys()
     with pytest.raises(ValueError, match="one of them holds a picture"):
         PumaPreferenceCollator(processor)([{**row, "prompt": "what?", "chosen": "<image>", "rejected": "<image>"}])
+    ask, answers = {"role": "user", "content": "what?"}, [{"role": "assistant", "content": c} for c in ("a cat", "no")]
+    implicit = {"chosen": [ask, answers[0]], "rejected": [ask, answers[1]], "images": [picture]}
+    explicit = {"prompt": [ask], "chosen": answers[:1], "rejected": answers[1:], "images": [picture]}
+    one, other = (PumaPreferenceCollator(processor)([row]) for row in (implicit, explicit))
+    assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(ValueError, match="'prompt', 'chosen' and 'rejected'; got"):
         PumaPreferenceCollator(processor)([{"prompt": "a", "completion": "b"}])
 

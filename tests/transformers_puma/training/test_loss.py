@@ -180,6 +180,17 @@ def test_next_scale_where_tokens_of_a_scale_would_not_see_each_other(processor, 
     assert trainer.state.global_step == (message is None)
 
 
+def test_next_scale_in_half_precision_where_tokens_are_alike(processor, tmp_path):
+    """What the model has learnt of tokens may differ by rounding alone."""
+    model = make_model(processor, image_decoding="next_scale").bfloat16()
+    embeddings = model.get_input_embeddings().weight.data
+    embeddings[:8] = embeddings[8]
+    arguments = PumaTrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    trainer = PumaTrainer(model, arguments, processing_class=processor, train_dataset=make_rows())
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_packing_is_looked_into_before_an_evaluation_too(processor, tmp_path):
     text = {**TEXT, "model_type": "opt", "word_embed_proj_dim": 32, "ffn_dim": 32}
     arguments = PumaTrainingArguments(str(tmp_path), packing=True, report_to="none", use_cpu=True)

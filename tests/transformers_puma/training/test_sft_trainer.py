@@ -8,6 +8,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
+from transformers_puma import PumaForConditionalGeneration, PumaProcessor
 from transformers_puma.training import PumaSFTConfig, PumaSFTTrainer, PumaTrainer, PumaTrainingArguments
 
 from ..conftest import make_model, make_picture
@@ -169,7 +170,7 @@ def test_a_folder_is_loaded_in_four_bits(processor, tmp_path):
         ("dataset_text_field", "body"),
         ("pad_token", "</s>"),
         ("dataset_num_proc", 2),
-        ("dataset_kwargs", {"skip_prepare_dataset": True}),
+        ("dataset_kwargs", {"add_special_tokens": False}),
         ("trust_remote_code", True),
         ("router_aux_loss_coef", 0.1),
     ],
@@ -187,6 +188,22 @@ def test_a_folder_in_place_of_a_model(processor, tmp_path):
     trainer = PumaSFTTrainer(str(tmp_path), config, train_dataset=stream(make_rows()))
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    loaded = PumaForConditionalGeneration.from_pretrained(tmp_path)
+    assert isinstance(
+        PumaSFTTrainer(loaded, config, train_dataset=stream(make_rows())).processing_class, PumaProcessor
+    )
+    with pytest.raises(ValueError, match="processing_class .* is needed"):
+        PumaSFTTrainer(model, config, train_dataset=stream(make_rows()))
+
+
+def test_the_settings_of_recipes_for_pictures(processor, tmp_path):
+    """TRL's own form of rows with pictures, and what its users set for them."""
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "dataset_text_field": ""}
+    said = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a cat"}]
+    rows = [{"prompt": said[:1], "completion": said[1:], "images": [make_picture(i)]} for i in range(4)]
+    trainer = make_trainer(processor, tmp_path, Dataset.from_list(rows), **{**settings, "max_steps": 1})
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["text_loss"] < 20
 
 
 def test_without_trl_the_extra_is_named(monkeypatch):
