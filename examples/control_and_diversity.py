@@ -86,14 +86,15 @@ def main() -> None:
     parser.add_argument("--lpips-weights", help="see `puma eval reconstruction --help`")
     arguments = parser.parse_args()
     samples = open_pictures(arguments.data, arguments.split).first(arguments.count)
-    pipe = PumaPipeline.from_pretrained(arguments.model, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = PumaPipeline.from_pretrained(arguments.model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
-    size = pipe.unet_0.config.sample_size * pipe.vae_scale_factor
+    size = getattr(pipe, f"unet_{min(pipe.scales)}").config.sample_size * pipe.vae_scale_factor
     pictures = [as_square(sample["image"], size) for sample in samples]
-    lpips = load_lpips(arguments.lpips_weights)
+    lpips = load_lpips(arguments.lpips_weights).to(device)
     steps = arguments.steps or pipe.config.default_num_inference_steps
 
-    file = arguments.out.with_suffix(".json")
+    file = Path(f"{arguments.out}.json")
     settings = {**model_settings(arguments.model), "pictures": samples.source, "count": len(samples), "steps": steps}
     results = {}
     if file.exists() and (saved := json.loads(file.read_text()))["settings"] == settings:
@@ -105,7 +106,7 @@ def main() -> None:
         partial = file.with_name(f".{file.name}.{os.getpid()}")
         partial.write_text(json.dumps({"settings": settings, "results": results}, indent=1))
         os.replace(partial, file)
-    draw({name: results[name] for name in points(pipe)}, arguments.out.with_suffix(".png"))
+    draw({name: results[name] for name in points(pipe)}, Path(f"{arguments.out}.png"))
     for name in points(pipe):
         print(f"{name:8} PSNR_r {results[name]['psnr_r']:6.2f} dB  LPIPS_d {results[name]['lpips_d']:.4f}")
 

@@ -117,6 +117,8 @@ def drawing_batch(config: PumaConfig, batch_size: int, text_length: int) -> dict
 
 def training_steps(trainer: Trainer, batch: dict[str, torch.Tensor]) -> Callable[[], object]:
     """A call is one step of the trainer's own loop up to the optimiser, whose time is the same for both."""
+    if trainer.args.gradient_checkpointing:  # as `train` does before its first step
+        trainer.model.activation_checkpointing_enable()
     trainer.create_optimizer()
     model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     model.train()

@@ -5,7 +5,9 @@ from collections.abc import Callable, Collection, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
 NUM_SCALES = 5  # unet_0 .. unet_4
@@ -26,22 +28,41 @@ def as_prompts(prompt: str | list[str]) -> list[str]:
     return list(prompts)
 
 
-def as_image_groups(image: Image.Image | list) -> list[list[Image.Image]]:
+def as_image_groups(image: PipelineImageInput | list) -> list[list[Image.Image]]:
     """For each item of the batch the pictures that belong to it.
 
-    `a` is one item, `[a, b]` two items of one picture, `[[a, b]]` one item of two pictures.
+    `a` is one item, `[a, b]` two items of one picture, `[[a, b]]` one item of two pictures. A picture is a PIL image,
+    or as `output_type` "np" and "pt" give it an array (H, W, 3) or tensor (3, H, W) of floats in [0, 1], of which one
+    with a dimension more is a batch.
 
     Raises:
-        ValueError: anything that is not made of PIL images.
+        ValueError: anything that is not made of pictures.
     """
+    if isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4:
+        image = list(image)
     groups = image if isinstance(image, (list, tuple)) else [image]
-    groups = [list(group) if isinstance(group, (list, tuple)) else [group] for group in groups]
-    wrong = [item for group in groups for item in group if not isinstance(item, Image.Image)]
-    if wrong:
-        raise ValueError(f"image must be a PIL image, a list of them or of lists, got {type(wrong[0]).__name__}")
+    groups = [[_as_pil(item) for item in (group if isinstance(group, (list, tuple)) else [group])] for group in groups]
     if not groups or not all(groups):
         raise ValueError(f"image holds no picture for some item of the batch: {image!r}")
     return groups
+
+
+def _as_pil(picture: Any) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    if not isinstance(picture, (np.ndarray, torch.Tensor)):
+        kind = type(picture).__name__
+        raise ValueError(f"image must be a PIL image, array or tensor, a list of them or of lists, got {kind}")
+    array = picture.detach().float().cpu().numpy() if isinstance(picture, torch.Tensor) else picture
+    if isinstance(picture, torch.Tensor) and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    is_picture = array.ndim == 3 and array.shape[-1] in (1, 3) and np.issubdtype(array.dtype, np.floating)
+    if not (is_picture and array.min() >= 0 and array.max() <= 1):  # so of NaN too
+        raise ValueError(
+            f"an array (H, W, 3) or tensor (3, H, W) as image must hold floats in [0, 1], got {picture.dtype} of "
+            f"shape {tuple(picture.shape)}, {array.min()} to {array.max()}; Image.fromarray makes pictures of bytes"
+        )
+    return VaeImageProcessor.numpy_to_pil(array)[0]
 
 
 def is_scale(value: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from huggingface_hub import CommitInfo, upload_folder
 from PIL import Image
 from transformers import CLIPVisionModel
@@ -194,7 +194,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image: Image.Image | list | None = None,
+        image: PipelineImageInput | list | None = None,
         scale: int | list[int] | str | list[tuple[float, int]] | None = None,
         *,
         image_features: Features | None = None,
@@ -217,7 +217,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         Args:
             prompt: one or a batch; plain text, nothing in it is markup. Needs the language model.
             image: alone, pictures to reconstruct, without the language model; with a prompt, what the prompt is
-                about. `[a, b]` is a batch, `[[a, b]]` two pictures for one prompt.
+                about. `[a, b]` is a batch, `[[a, b]]` two pictures for one prompt; see `as_image_groups`.
             scale: 0 (finest, 256 tokens) .. 4 (1 token); a list of them, or `"all"`, for a dict of pictures; `"best"`
                 for the one picture of each prompt that `scorer` ranks first over all scales and seeds. None is 3 for
                 text alone and 0 with an image, or the nearest that there is; with `image_features`, their finest.
@@ -305,7 +305,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
 
     @torch.no_grad()
     def ask(
-        self, image: Image.Image | list, question: str | list[str], **generate_kwargs
+        self, image: PipelineImageInput | list, question: str | list[str], **generate_kwargs
     ) -> str | list[str] | list[list[str]]:
         """Answers questions about pictures.
 

@@ -98,6 +98,17 @@ class TestDecoding:
         draw(decoder_pipeline, image=pictures[0], scale=4)
         assert encoded[2:] == [(1, 3, 32, 32)], "the black picture is encoded once per pipeline"
 
+    def test_arrays_and_tensors_are_pictures_too(self, decoder_pipeline, pictures):
+        """What `output_type` "np" and "pt" give can be given again."""
+        pictures = [picture.resize((32, 32)) for picture in pictures]
+        array = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures[:2]])
+        tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
+        expected = draw(decoder_pipeline, image=pictures[:2], seed=[0, 1], scale=2)
+        for image in (array, tensor, list(array), [[picture] for picture in tensor]):
+            assert torch.equal(draw(decoder_pipeline, image=image, seed=[0, 1], scale=2), expected)
+        one = draw(decoder_pipeline, image=tensor[0], scale=2)
+        torch.testing.assert_close(one, expected[:1], atol=1e-5, rtol=0)
+
     def test_features_hold_no_graph(self, decoder_pipeline, pictures):
         features = [decoder_pipeline.encode_image(pictures), decoder_pipeline.black_image_features()]
         assert not any(feature.requires_grad for scales in features for feature in scales.values())

@@ -72,7 +72,9 @@ def open_pictures(path: str | Path, split: str | None = None) -> Samples:
         raise ValueError(f"no such folder or parquet file: {path}")
     if split is not None:
         raise ValueError(f"{path} is a folder of pictures, which has no splits, got split={split!r}")
-    files = [file.relative_to(path) for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES]
+    files = [file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES]
+    # Hidden ones are no pictures, such as what macOS puts beside each on a foreign disk.
+    files = [file.relative_to(path) for file in files if not file.name.startswith(".")]
     if not files:
         suffixes = ", ".join(sorted(PICTURE_SUFFIXES))
         raise ValueError(f"{path} holds no pictures ({suffixes}), no parquet files and no data set")

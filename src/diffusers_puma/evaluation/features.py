@@ -52,8 +52,8 @@ class FeatureErrors:
     """Errors of features and of what is decoded from them, at every scale of a `Drawer`, which has one seed.
 
     nmse_forced, nmse_free: squared error against the truth, in units of the variance of true features over the data
-        (1 is what predicting their mean would give).
-        Left out where all true pictures are the same.
+        and the positions of a scale (1 is what predicting their mean would give). Left out where that is none: at the
+        coarsest scale, of pictures that are all the same.
     nmse_drift: squared error of free against forced features, in the same unit.
     nmse_decoder: squared error of the features of the picture that is decoded from true ones, in the same unit.
     psnr_X, lpips_X: of the picture decoded from stage X against the true picture.

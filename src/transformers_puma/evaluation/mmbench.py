@@ -111,8 +111,9 @@ class MMBench(Benchmark):
         csv.field_size_limit(2**31 - 1)  # a cell holds a whole picture
         with file.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream, delimiter="\t"))
-        for row in rows[:1]:
-            require_fields(row, ("index", "question", "hint", "A", "B", "image"), str(file))
+        if not rows:
+            raise ValueError(f"{file} holds no questions")
+        require_fields(rows[0], ("index", "question", "hint", "A", "B", "image"), str(file))
         for number, row in enumerate(rows, start=1):
             if None in row.values():
                 raise ValueError(f"{file}: row {number} has fewer cells than the header")

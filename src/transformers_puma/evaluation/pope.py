@@ -4,6 +4,7 @@ Files of the repository AoiDragon/POPE (`output/coco`): `{split}/{split}_pope_{c
 line: `question_id`, `image`, `text`, `label` (`yes` or `no`). Pictures are COCO's, in `val2014/`.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +18,8 @@ CATEGORIES = ("random", "popular", "adversarial")
 
 class POPE(Benchmark):
     """Accuracy, precision, recall, F1 (of yes) and the share of yes in percent, for each way to choose absent objects,
-    and the means over the three. `data` holds the folder of the split and `val2014/`."""
+    and the means over the three. Intervals are over pictures, each of which has questions in all three. `data` holds
+    the folder of the split and `val2014/`."""
 
     name = "pope"
     headline = "f1"
@@ -40,6 +42,7 @@ class POPE(Benchmark):
                         prompt=short_answer_prompt(row["text"]),
                         answers=(row["label"],),
                         category=category,
+                        unit=row["image"],
                     )
                 )
         return questions
@@ -49,15 +52,15 @@ class POPE(Benchmark):
         return {"prediction": prediction, "score": float(prediction == question.answers[0])}
 
     def scores(self, rows: Sequence[Row]) -> Scores:
-        outcomes: dict[str, list] = {}
+        # For each picture (3, 4): of each category true and false positives, false and true negatives.
+        outcomes = defaultdict(lambda: np.zeros((len(CATEGORIES), 4)))
         for question, row in zip(self.questions, rows, strict=True):
             said, true = row["prediction"] == "yes", question.answers[0] == "yes"
-            # (4,): true positive, false positive, false negative, true negative
             one = [said and true, said and not true, true and not said, not said and not true]
-            outcomes.setdefault(question.category, []).append(one)
-        parts = {category: np.array(part, dtype=float) for category, part in outcomes.items()}
-        table = {self.name: _metrics(list(parts.values()))}
-        return table | {self.row_name(category): _metrics([part]) for category, part in parts.items()}
+            outcomes[question.unit][CATEGORIES.index(question.category)] += one
+        counts = np.stack(list(outcomes.values()))
+        parts = {self.row_name(category): _metrics(counts[:, [i]]) for i, category in enumerate(CATEGORIES)}
+        return {self.name: _metrics(counts)} | parts
 
 
 def parse_polled(answer: str) -> str:
@@ -94,8 +97,17 @@ METRICS = {
 }
 
 
-def _metrics(parts: list[np.ndarray]) -> dict[str, dict[str, float]]:
-    def mean_of(metric: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[np.ndarray]], np.ndarray]:
-        return lambda means: 100 * np.mean([metric(mean) for mean in means], axis=0)
+def _metrics(counts: np.ndarray) -> dict[str, dict[str, float]]:
+    """Each metric's mean over the parts of counts (pictures, parts, 4)."""
+    num_parts = counts.shape[1]
 
-    return {name: bootstrap_statistic(parts, mean_of(metric)) for name, metric in METRICS.items()}
+    def mean_of(metric: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[np.ndarray]], np.ndarray]:
+        def statistic(means: list[np.ndarray]) -> np.ndarray:
+            rates = means[0].reshape(-1, num_parts, 4)
+            rates = _share(rates, np.broadcast_to(rates.sum(2, keepdims=True), rates.shape))
+            return 100 * np.mean([metric(rates[:, part]) for part in range(num_parts)], axis=0)
+
+        return statistic
+
+    rows = [counts.reshape(len(counts), -1)]
+    return {name: bootstrap_statistic(rows, mean_of(metric)) for name, metric in METRICS.items()}

@@ -116,6 +116,26 @@ def test_pope_of_a_model_that_says_no(pope):
     assert scores["pope"] == {"accuracy": 50, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0}
 
 
+def test_pope_resamples_and_limits_pictures(pope):
+    """Questions about one picture are no independent samples: they are drawn together."""
+    for category in ("random", "popular", "adversarial"):
+        file = pope.data / "coco" / f"coco_pope_{category}.json"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        more = [{**row, "question_id": row["question_id"] + 4, "image": "other.jpg"} for row in rows]
+        file.write_text("\n".join(map(json.dumps, rows + more)))
+    write_picture(pope.data / "val2014/other.jpg")
+    both = POPE(pope.data)
+    # All about one picture is right, all about the other wrong.
+    answers = {q.id: q.answers[0] if q.unit == "other.jpg" else "maybe" for q in both.questions}
+    answers |= {q.id: "no" for q in both.questions if q.unit != "other.jpg" and q.answers == ("yes",)}
+    accuracy = both.scores(judged(both, answers))["pope"]["accuracy"]
+    assert accuracy == {"mean": 50, "low": 0, "high": 100, "n": 2}
+    limited = POPE(pope.data, limit=1)
+    assert len(limited.questions) == 12 and len({q.unit for q in limited.questions}) == 1
+    right = means(limited.scores(judged(limited, {q.id: q.answers[0] for q in limited.questions})))
+    assert {row["f1"] for row in right.values()} == {100}
+
+
 def test_pope_questions(pope):
     question = {question.id: question for question in pope.questions}["popular/3"]
     assert question.prompt == f"Is there a thing 3 in the image?\n{SHORT}"
