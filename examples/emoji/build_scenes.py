@@ -70,8 +70,9 @@ class Counts:
     edits: bool = True
 
 
+CENTRED_SCENES = 24000
 COUNTS = {
-    "train": Counts(4400, 800, 2600, 3000, more_scenes=12000, centred_scenes=24000),
+    "train": Counts(4400, 800, 2600, 3000, more_scenes=12000, centred_scenes=CENTRED_SCENES),
     "heldout_concept": Counts(256, 128, 256, 256),
     "heldout_pair": Counts(512, centred_scenes=512, edits=False),
 }
@@ -353,8 +354,9 @@ def build_split(split: str, library: Library, counts: Counts, seed: int) -> Data
     return Dataset.from_list(rows, features=FEATURES)
 
 
-def build(data: Path, share: float, seed: int) -> DatasetDict:
-    """The splits, each with `share` of the usual number of rows."""
+def build(data: Path, share: float, seed: int, centred: int = CENTRED_SCENES) -> DatasetDict:
+    """The splits, each with `share` of the usual number of rows; `centred` is that of train's centred scenes. They are
+    its last rows: with more of them, those that there were stay."""
     emoji = load_emoji(data)
     pixels = {name: to_uint8(split) for name, split in emoji.items()}
     texts = {name: split.remove_columns("image").to_list() for name, split in emoji.items()}
@@ -368,7 +370,8 @@ def build(data: Path, share: float, seed: int) -> DatasetDict:
         numbers = {name: -(-value * share // 1) for name, value in vars(counts).items() if name != "edits"}
         return Counts(**{name: int(value) for name, value in numbers.items()}, edits=counts.edits)
 
-    return DatasetDict({name: build_split(name, libraries[name], scaled(COUNTS[name]), seed) for name in SPLITS})
+    counts = COUNTS | {"train": replace(COUNTS["train"], centred_scenes=centred)}
+    return DatasetDict({name: build_split(name, libraries[name], scaled(counts[name]), seed) for name in SPLITS})
 
 
 def load_scenes(path: str | Path) -> DatasetDict:
@@ -396,10 +399,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/emoji-scenes"), help="folder of the scenes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="part of the usual number of rows, to try things out")
+    parser.add_argument("--centred", type=int, default=CENTRED_SCENES, help="centred scenes of train at a share of 1")
     arguments = parser.parse_args(argv)
+    if arguments.centred < 0:
+        parser.error(f"--centred is {arguments.centred}; it must not be negative")
     if not 0 < arguments.share <= 1:
         parser.error(f"--share is {arguments.share}; it must be above 0 and at most 1")
-    scenes = build(arguments.data, arguments.share, arguments.seed)
+    scenes = build(arguments.data, arguments.share, arguments.seed, arguments.centred)
     save(scenes, Path(arguments.data, "LICENSES.md").read_text(encoding="utf-8"), arguments.out)
     print("\n".join(f"{name}: {split.num_rows} pictures" for name, split in scenes.items()))
 

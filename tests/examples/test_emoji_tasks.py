@@ -158,11 +158,15 @@ def test_conditions_keep_what_they_say():
 
 
 def test_scenes_are_a_function_of_seed_and_data(data, scenes, tmp_path):
-    build_scenes.main(["--data", str(data), "--out", str(tmp_path / "again"), "--share", "0.01"])
+    """Also with more of them, which come last."""
+    more = ["--centred", str(2 * build_scenes.CENTRED_SCENES)]
+    build_scenes.main(["--data", str(data), "--out", str(tmp_path / "again"), "--share", "0.01", *more])
     again = load_scenes(tmp_path / "again")
     for name in scenes:
-        assert again[name].remove_columns("image").to_list() == scenes[name].remove_columns("image").to_list()
-        np.testing.assert_array_equal(to_uint8(again[name]), to_uint8(scenes[name]))
+        there = again[name].select(range(len(scenes[name])))
+        assert there.remove_columns("image").to_list() == scenes[name].remove_columns("image").to_list()
+        np.testing.assert_array_equal(to_uint8(there), to_uint8(scenes[name]))
+    assert len(again["train"]) == len(scenes["train"]) + sum(scenes["train"]["centred"])
     assert (tmp_path / "again" / "LICENSES.md").exists()
 
 
