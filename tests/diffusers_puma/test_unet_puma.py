@@ -125,3 +125,11 @@ def test_inconsistent_config_is_refused(arguments, message):
 def test_features_of_another_scale_are_refused():
     with pytest.raises(ValueError, match=r"shape \(batch, 16, 12\), got \(2, 4, 12\)"):
         tiny_unet()(*inputs(tokens=4))
+
+
+def test_coordinate_channels_are_their_formula():
+    """A trained decoder reads them, so they may not change."""
+    channels = coordinate_channels(torch.zeros(1, 4, 6, 8), 8)[0]
+    y, x = (torch.arange(6)[:, None] + 0.5) / 6, (torch.arange(8)[None] + 0.5) / 8
+    angles = [torch.pi * 2**n * place.expand(6, 8) for place in (y, x) for n in range(2)]
+    torch.testing.assert_close(channels, torch.stack([*(a.sin() for a in angles), *(a.cos() for a in angles)]))

@@ -6,6 +6,7 @@ from accelerate import cpu_offload, dispatch_model
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from transformers_puma import flatten_scales
+from transformers_puma.evaluation.teacher_forcing import teacher_forced_features
 
 from .conftest import IMAGE_LENGTH, make_model, make_picture
 
@@ -339,3 +340,23 @@ def test_weights_that_are_elsewhere_until_their_module_runs(processor, picture, 
     for scale, features in model.generate_image_features(**prompt).items():
         assert torch.equal(features, expected[scale])
     assert torch.equal(model.generate(**question, max_new_tokens=3), answer)
+
+
+LEARNED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "n_positions": 128}
+LEARNED |= {"model_type": "gpt2", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+@torch.no_grad()
+def test_padding_moves_no_position(processor):
+    """Rotary embeddings, relative as they are, would not show it: a table of positions does."""
+    model = make_model(processor, text_config=LEARNED)
+    torch.nn.init.normal_(model.model.language_model.wpe.weight, std=0.5)
+    prompts, images = ["a long red car", "b"], [[make_picture(1)], []]
+    inputs = processor.prepare_generation(prompts, images)
+    together = model.generate_image_features(**inputs)
+    forced = teacher_forced_features(model, **inputs, target_features=flatten_scales(together))
+    for row in range(2):
+        alone = model.generate_image_features(**processor.prepare_generation([prompts[row]], [images[row]]))
+        for scale, features in alone.items():
+            torch.testing.assert_close(together[scale][row], features[0], rtol=0, atol=1e-4)
+            torch.testing.assert_close(forced[scale][row], features[0], rtol=0, atol=1e-4)

@@ -5,6 +5,8 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from transformers_puma import PumaForConditionalGeneration, flatten_scales, multigranular_features
 from transformers_puma.granularity import scale_of_position
+from transformers_puma.image_positions_puma import with_noise
+from transformers_puma.loss_puma import text_loss
 from transformers_puma.modeling_puma import ImagePositions
 
 from .conftest import IMAGE_LENGTH, LAYERS, NUM_SCALES, make_model, make_picture
@@ -345,3 +347,22 @@ def test_logits_of_chosen_positions(model, processor):
         expected = whole.logits[:, -2:] if isinstance(kept, int) else whole.logits[:, kept]
         torch.testing.assert_close(chosen.logits, expected)
         torch.testing.assert_close(chosen.loss, whole.loss)
+
+
+def test_noise_is_in_units_of_each_channel_and_as_strong_as_drawn_for_each_image():
+    deviations = torch.tensor([0.1, 1.0, 10.0])
+    features = torch.randn(400, 21, 3, generator=torch.Generator().manual_seed(0)) * deviations + 5
+    torch.manual_seed(0)
+    noise = (with_noise(features, 0.5, num_tokens=21) - features) / deviations
+    strengths = noise.std(dim=(1, 2))
+    assert noise.std(dim=(0, 1)).tolist() == pytest.approx([0.5 / 3**0.5] * 3, rel=0.1)
+    assert strengths.min() < 0.05 and 0.45 < strengths.max() < 0.65
+    assert with_noise(features, 0.5, num_tokens=5).shape == (400, 5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cross_entropy_is_summed_in_single_precision(dtype):
+    logits = (8 * torch.randn(600, 32, generator=torch.Generator().manual_seed(0))).to(dtype)
+    targets = torch.zeros(600).long()
+    loss = text_loss(logits, targets)
+    assert loss.dtype == torch.float32 and torch.equal(loss, text_loss(logits.float(), targets))

@@ -292,3 +292,12 @@ def test_without_location_tokens(picture):
     processor = make_processor(num_location_tokens=0)
     assert "<loc_0>" not in processor.tokenizer.get_vocab()
     assert len(processor(images=picture, text="<image>")["input_ids"][0]) == IMAGE_LENGTH + 3
+
+
+def test_a_coordinate_is_rounded_down(processor, picture):
+    """40 x 30 pixels: 17.36, 58.99, 100.24 and 166.51 of 224 cells."""
+    ids = processor(text="<image><box>", images=picture, boxes=[(3.1, 7.9, 17.9, 22.3)])["input_ids"][0]
+    decoded = processor.tokenizer.decode(ids)
+    assert decoded.endswith("<loc_17><loc_58><loc_100><loc_166>")
+    found = processor.parse_boxes(decoded, picture.size)[0]
+    assert found == pytest.approx((17.5 / 224 * 40, 58.5 / 224 * 30, 100.5 / 224 * 40, 166.5 / 224 * 30))

@@ -145,6 +145,7 @@ def test_editing(full_pipeline, pictures, lpips, clip_name):
         "lpips_t": lpips_of(lpips, target, edited),
         "lpips_s": lpips_of(lpips, pictures[1], edited),
     }
+    assert {name: rows[1]["scores"]["3"][name] for name in cosines} == pytest.approx(cosines, abs=1e-4)
     assert rows[1]["scores"]["3"] == pytest.approx({**cosines, **distances}, abs=5e-3)
     unchanged = rows[1]["scores"]["unchanged"]
     assert unchanged["clip_i"] == pytest.approx(1, abs=1e-5) and unchanged["lpips_s"] == pytest.approx(0, abs=1e-6)

@@ -309,3 +309,56 @@ def test_compiled_training_computes_the_same_in_one_graph(tmp_path):
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
     compiled.save_model()
     assert PumaUNet2DConditionModel.from_pretrained(tmp_path).config.num_tokens == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [4, 16])
+def test_the_loss_is_that_of_its_draws(tmp_path, num_tokens):
+    """Noise with its offset, dropped pictures that become the black one, and the weights of noise levels."""
+    null = torch.randn(1, 16, CHANNELS, generator=torch.Generator().manual_seed(9))
+    unet = tiny_unet(num_tokens, use_position_table=num_tokens == 16)
+    options = {"noise_offset": 0.5, "image_dropout": 0.5, "min_snr_gamma": 5.0, "seed": 7}
+    run = trainer(tmp_path, unet, components={"null_features": null}, **options)
+    batch = {name: torch.stack([row[name] for row in rows(6)]) for name in ("latents", "features")}
+    found = run.compute_loss(unet.train(), {**batch, "first_place": 3})
+
+    drawn = draw(batch["latents"], [(7, 1, 3 + i) for i in range(6)], 1000, noise_offset=0.5, image_dropout=0.5)
+    assert 0 < drawn.conditional.sum() < 6
+    shown = torch.where(drawn.conditional[:, None, None], batch["features"], null)
+    noisy = run.noise_scheduler.add_noise(batch["latents"], drawn.noise, drawn.timesteps)
+    condition = {"conditional": drawn.conditional}
+    prediction = unet(noisy, drawn.timesteps, pool_to_tokens(shown, num_tokens), added_cond_kwargs=condition).sample
+    expected = denoising_loss(run.noise_scheduler, prediction, batch["latents"], *drawn[:2], min_snr_gamma=5.0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_noise_that_is_drawn_has_its_offset():
+    keys = [(0, 1, place) for place in range(2000)]
+    many = draw(torch.zeros(2000, 1, 2, 2), keys, 10, noise_offset=0.5, image_dropout=0.1)
+    assert many.noise.var().item() == pytest.approx(1 + 0.5**2, rel=0.06)
+    assert many.noise.mean((2, 3)).var().item() == pytest.approx(1 / 4 + 0.5**2, rel=0.1)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 2), (1, 4)])
+def test_accumulation_changes_nothing(tmp_path, batch_size, accumulation):
+    options = {"max_steps": 3, "image_dropout": 0.3, "adam_epsilon": 1e-4}
+    whole = trainer(tmp_path, per_device_train_batch_size=4, **options)
+    whole.train()
+    batches = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    parts = trainer(tmp_path, **batches, **options)
+    parts.train()
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_does_not_depend_on_its_batches(tmp_path):
+    found = [trainer(tmp_path, per_device_eval_batch_size=size).evaluate()["eval_loss"] for size in (4, 2, 1)]
+    assert found == pytest.approx(found[:1] * 3, rel=1e-5)
+
+
+def test_the_defaults_are_the_reports(tmp_path):
+    """Appendix A.1.2; the files of `examples/configs` write every value out, so that they do not show these."""
+    values = PumaDecoderTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    found = values.learning_rate, values.lr_scheduler_type.value, values.max_grad_norm
+    assert (*found, values.noise_offset, values.image_dropout) == (8e-5, "linear", 1.0, 0.1, 0.1)

@@ -398,3 +398,18 @@ def test_an_optimizer_that_is_given_has_its_own_rates(processor, rows, tmp_path)
     arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, projector_learning_rate=1e-4)
     with pytest.raises(ValueError, match="projector_learning_rate=0.0001 has no part in an optimizer that is given"):
         PumaTrainer(model, arguments, **options)
+
+
+def test_errors_of_scales_are_means_over_tokens_and_steps(processor, rows, tmp_path):
+    trainer = make_trainer(processor, rows, tmp_path, per_device_eval_batch_size=3)
+    batch = trainer.data_collator(rows)
+    with torch.no_grad():
+        outputs = trainer.model.eval()(**batch)
+    error = (outputs.predicted_features - outputs.image_features)[batch["image_loss_mask"]].square().mean(-1)
+    expected = [error[:, 5:].mean().item(), error[:, 1:5].mean().item(), error[:, :1].mean().item()]
+    metrics = trainer.evaluate(rows)
+    assert [metrics[f"eval_mse_scale_{i}"] for i in range(3)] == pytest.approx(expected, rel=1e-4)
+    steps = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1)
+    trainer = make_trainer(processor, rows, tmp_path, **steps)
+    trainer.train()
+    assert [history(trainer, f"mse_scale_{i}")[0] for i in range(3)] == pytest.approx(expected, rel=1e-4)

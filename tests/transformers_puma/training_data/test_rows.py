@@ -10,6 +10,8 @@ from PIL import Image
 from transformers_puma import PumaImageProcessor
 from transformers_puma.training.data import build_training_data, load_source
 from transformers_puma.training.data.conditions import INSTRUCTIONS, compute_condition, mask_rectangle
+from transformers_puma.training.data.rows import RowMaker
+from transformers_puma.training.data.samples import make_sample, stored_image
 from transformers_puma.training.data.transforms import (
     WHOLE,
     apply_crop,
@@ -19,7 +21,7 @@ from transformers_puma.training.data.transforms import (
     random_crop,
 )
 
-from .writers import img2dataset_sample, picture, write_json_lines, write_laion_tars, write_tar
+from .writers import encoded, img2dataset_sample, picture, write_json_lines, write_laion_tars, write_tar
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -167,3 +169,24 @@ def test_a_resized_picture_is_what_the_encoder_sees_of_the_picture_itself():
         processor(image, return_tensors="np")["pixel_values"] for image in (picture, apply_crop(picture, WHOLE, 16))
     )
     np.testing.assert_array_equal(resized, direct)
+
+
+@pytest.mark.parametrize(
+    ("stage", "varied"), [("text_to_image", True), ("pretraining", False), ("conditional", False)]
+)
+def test_crops_of_each_stage(tmp_path, stage, varied):
+    """Random ones in the tuning of text to image, the middle square elsewhere."""
+    write_tar(tmp_path / "0.tar", [img2dataset_sample(i, f"{i}", (60, 40)) for i in range(6)])
+    rows = list(load_source("laion_2b", str(tmp_path), stage=stage))
+    sizes = {row["images"][-1].size for row in rows}
+    assert len(rows) == 6 and (len(sizes) > 2 if varied else sizes == {(40, 40)})
+
+
+@pytest.mark.parametrize(("stage", "other"), [("pretraining", "<image>"), ("conditional", "<image>c")])
+def test_draws_are_fair(stage, other):
+    """Image to text, and prompts without the task: half of 2000, give or take four deviations."""
+    image = [stored_image(encoded(picture(8, 8), "PNG"), "png")]
+    make = RowMaker(stage, kinds={"s": "pair"}, counters={}, seed=0, image_size=None, min_image_size=1)
+    samples = (make_sample(str(i), {"caption": "c"}, image) | {"source": "s"} for i in range(2000))
+    share = sum(row["prompt"] == other for sample in samples for row in make.make_rows(sample)) / 2000
+    assert share == pytest.approx(0.5, abs=4 * (0.25 / 2000) ** 0.5)
