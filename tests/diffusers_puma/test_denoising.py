@@ -1,4 +1,4 @@
-"""What the denoising is given: scaled noise and inputs, pictures as the processor has them, a prompt's own features."""
+"""What the denoising is given: scaled noise and inputs, pictures as the processor has them, features of one prompt."""
 
 import pytest
 import torch
