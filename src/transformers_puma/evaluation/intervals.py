@@ -18,9 +18,9 @@ def bootstrap_statistic(
     """A function of means, such as F1 of counts or a sum over categories, and its percentile bootstrap interval.
 
     Args:
-        strata: for each part of the data (n_i, k) values of its n_i independent samples; each part is resampled on
+        strata: for each part of the data (n_i, ...) values of its n_i independent samples; each part is resampled on
             its own, so that its share in the whole stays.
-        statistic: of the parts' means, each (R, k), for R resamples at once: (R,).
+        statistic: of the parts' means, each (R, ...), for R resamples at once: (R,).
 
     Returns:
         As `bootstrap_mean`: `mean` (the statistic of the data), `low`, `high`, and `n` (of all samples).
@@ -33,7 +33,7 @@ def bootstrap_statistic(
 
 
 def _resampled_means(part: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Means (RESAMPLES, k) of as many samples with replacement of (n, k) values."""
+    """Means (RESAMPLES, ...) of as many samples with replacement of (n, ...) values."""
     count = max(1, DRAWN_AT_ONCE // len(part))
     sizes = [min(count, RESAMPLES - start) for start in range(0, RESAMPLES, count)]
     return np.concatenate([part[generator.integers(len(part), size=(size, len(part)))].mean(axis=1) for size in sizes])

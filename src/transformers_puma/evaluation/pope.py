@@ -99,15 +99,13 @@ METRICS = {
 
 def _metrics(counts: np.ndarray) -> dict[str, dict[str, float]]:
     """Each metric's mean over the parts of counts (pictures, parts, 4)."""
-    num_parts = counts.shape[1]
 
     def mean_of(metric: Callable[[np.ndarray], np.ndarray]) -> Callable[[list[np.ndarray]], np.ndarray]:
         def statistic(means: list[np.ndarray]) -> np.ndarray:
-            rates = means[0].reshape(-1, num_parts, 4)
+            (rates,) = means  # (R, parts, 4)
             rates = _share(rates, np.broadcast_to(rates.sum(2, keepdims=True), rates.shape))
-            return 100 * np.mean([metric(rates[:, part]) for part in range(num_parts)], axis=0)
+            return 100 * np.mean([metric(part) for part in rates.swapaxes(0, 1)], axis=0)
 
         return statistic
 
-    rows = [counts.reshape(len(counts), -1)]
-    return {name: bootstrap_statistic(rows, mean_of(metric)) for name, metric in METRICS.items()}
+    return {name: bootstrap_statistic([counts], mean_of(metric)) for name, metric in METRICS.items()}
