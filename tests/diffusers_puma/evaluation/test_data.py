@@ -257,3 +257,10 @@ def test_damaged_pictures_are_named(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot read the picture .*a.png"):
         open_pictures(tmp_path)[0]
+
+
+def test_hidden_files_are_no_pictures(tmp_path):
+    """What macOS puts beside each on a foreign disk has its name and suffix."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"no picture")
+    assert open_pictures(tmp_path).ids == ["a.png"]

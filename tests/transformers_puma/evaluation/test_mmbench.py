@@ -129,6 +129,9 @@ def test_files_that_are_wrong(tmp_path, image):
     file.write_text(f"{file.read_text().rstrip()}\n2\tWhat is it?\n")
     with pytest.raises(ValueError, match="row 2 has fewer cells than the header"):
         MMBench(tmp_path)
+    file.write_text(file.read_text().splitlines()[0])
+    with pytest.raises(ValueError, match="mmbench_dev_20230712.tsv holds no questions"):
+        MMBench(tmp_path)
     write_tsv(tmp_path, [make_row(1, ["cat", "dog"], "A", "9")])
     with pytest.raises(ValueError, match="picture of row 1 is that of row 9"):
         MMBench(tmp_path)
