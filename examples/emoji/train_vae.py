@@ -2,9 +2,12 @@
 
     python examples/emoji/train_vae.py --data data/emoji --out runs/emoji/vae
 
+With `--pretrained` the decoder of a trained VAE is trained on alone: its latents stay what the UNets know.
+
 The loss is L1 + 2 MSE + 0.3 L1 of the image gradient (which keeps thin outlines) and a small KL term; no adversary.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,6 +50,11 @@ SCENE_FRACTION = 0.25
 MSE_WEIGHT, GRADIENT_WEIGHT, KL_WEIGHT = 2.0, 0.3, 1e-6
 
 
+@dataclass
+class VAEArguments:
+    pretrained: str | None = field(default=None, metadata={"help": "a VAE of which the decoder is trained on"})
+
+
 def build_vae(channels: tuple[int, ...] = (16, 48, 96), size: int = 64) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -58,6 +66,14 @@ def build_vae(channels: tuple[int, ...] = (16, 48, 96), size: int = 64) -> Autoe
         sample_size=size,
         force_upcast=False,
     )
+
+
+def load_vae(folder: str) -> AutoencoderKL:
+    """A trained VAE of which the decoder alone is to be trained."""
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return vae
 
 
 def gradient_l1(error: torch.Tensor) -> torch.Tensor:
@@ -121,23 +137,28 @@ def measure(vae: AutoencoderKL, pictures: EmojiPictures) -> dict[str, float]:
 
 
 def save(vae: AutoencoderKL, pictures: dict[str, EmojiPictures], folder: str) -> dict:
-    std = latent_std(vae, pictures["train"])
-    vae.register_to_config(scaling_factor=1 / std)
     vae.save_pretrained(folder)
     held_out = measure(vae, pictures["heldout_concept"])
+    std = 1 / vae.config.scaling_factor
     return {"parameters": count_parameters(vae), "latent_std": std, "heldout_concept": held_out}
 
 
 def main(argv: list[str] | None = None) -> None:
-    stage, training = parse_arguments("vae", PRESETS, argv)
+    stage, training, options = parse_arguments("vae", PRESETS, argv, extra=VAEArguments)
     if Path(stage.out).exists():
         print(f"{stage.out} is trained already")
         return
     torch.manual_seed(training.seed)
     pictures = load_pictures(stage.data)
-    vae = build_vae()
+    vae = load_vae(options.pretrained) if options.pretrained else build_vae()
     trainer = VAETrainer(model=VAETask(vae), args=training, pictures=pictures["train"])
-    run_stage(trainer, stage.out, lambda folder: save(vae, pictures, folder))
+
+    def finish(folder: str) -> dict:
+        if options.pretrained is None:
+            vae.register_to_config(scaling_factor=1 / latent_std(vae, pictures["train"]))
+        return save(vae, pictures, folder)
+
+    run_stage(trainer, stage.out, finish)
 
 
 if __name__ == "__main__":
