@@ -9,7 +9,6 @@ seeds. A schedule lays out the first part of the denoising with a coarse decoder
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from diffusers_puma import PumaPipeline
 from diffusers_puma.evaluation import load_lpips, lpips_distance, open_pictures
 from diffusers_puma.evaluation.pictures import as_square, psnr, to_tensor
+from puma_files import whole_file
 from transformers_puma.evaluation.runner import model_settings, sample_seed
 
 PARTS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
@@ -70,9 +70,8 @@ def draw(results: dict[str, dict], output: Path) -> None:
     for name, point in zip(scales, zip(x, y, strict=True), strict=True):
         axes.annotate(f"$f_{name}$", point, xytext=(5, 5), textcoords="offset points")
     axes.legend()
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    figure.savefig(partial, format="png", dpi=150)
-    os.replace(partial, output)
+    with whole_file(output) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150)
 
 
 def main() -> None:
@@ -103,9 +102,8 @@ def main() -> None:
         if name in results:
             continue
         results[name] = measure(pipe, pictures, scale, lpips, steps)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"settings": settings, "results": results}, indent=1))
-        os.replace(partial, file)
+        with whole_file(file) as unfinished:
+            unfinished.write_text(json.dumps({"settings": settings, "results": results}, indent=1))
     draw({name: results[name] for name in points(pipe)}, Path(f"{arguments.out}.png"))
     for name in points(pipe):
         print(f"{name:8} PSNR_r {results[name]['psnr_r']:6.2f} dB  LPIPS_d {results[name]['lpips_d']:.4f}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from puma_files import read_json, read_safetensors_header, shard_files, unreadable
+from puma_files import read_json, read_safetensors_header, shard_files, unreadable, whole_file
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
@@ -85,3 +85,16 @@ def test_no_advice_to_unpickle(tmp_path):
     assert unreadable(failure.value) == "it holds something else than tensors"
     assert unreadable(RuntimeError("one\nthing")) == "RuntimeError: one thing"
     assert len(unreadable(RuntimeError("word " * 500))) <= 300
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_text("old")
+    with pytest.raises(OSError, match="disk full"), whole_file(file) as unfinished:
+        unfinished.write_text("ne")
+        assert file.read_text() == "old" and list(tmp_path.glob("*.png")) == [file]
+        raise OSError("disk full")
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    with whole_file(file) as unfinished:
+        unfinished.write_text("new")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]

@@ -3,9 +3,10 @@
 Imports matplotlib.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from puma_files import whole_file
 
 from .errors import UserError
 from .eval_report import REPORT
@@ -55,9 +56,8 @@ def plot_results(results: list[dict[str, Any]], output: Path) -> None:
     else:
         raise UserError(f"--plot draws no results of {task}")
     axes.legend(fontsize="small")
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    figure.savefig(unfinished, format="png", dpi=150)
-    os.replace(unfinished, output)
+    with whole_file(output) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150)
 
 
 def _draw_curves(axes: "Axes", task: str, named: dict[str, dict]) -> None:

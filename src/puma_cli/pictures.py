@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from puma_files import whole_file
+
 from .errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -63,10 +65,6 @@ def check_output(file: str | Path) -> Path:
 
 
 def write_png(picture: "Image.Image", file: Path) -> None:
-    """Writes a whole file or none: under a temporary name beside it, then renamed."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    """Writes a whole file or none."""
+    with whole_file(file) as unfinished:
         picture.save(unfinished, format="PNG")
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -1,9 +1,12 @@
-"""What the configs and weight files of a model folder say, read without torch, and what is wrong with them.
+"""What the configs and weight files of a model folder say, and what is wrong with them; and files written whole.
 
-A package of its own, because importing one of the libraries imports torch, which `puma info` does not wait for.
+A package of its own, without torch: importing one of the libraries imports it, which `puma info` does not wait for.
 """
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
@@ -77,3 +80,18 @@ def unreadable(error: Exception) -> str:
         # torch's own message is advice on how to run what is in there.
         return "it holds something else than tensors"
     return shorten(f"{type(error).__name__}: {error}", 300)
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A name beside `file` to write to: what is there at the end becomes `file`, and nothing after an error.
+
+    Two processes that write the same file end with one of both. The name does not end as `file` does, so that no
+    pattern such as `*.png` finds it: a library that takes the format of the name is to be told it.
+    """
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)

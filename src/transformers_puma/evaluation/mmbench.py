@@ -9,7 +9,6 @@ that holds their picture in place of it.
 import base64
 import csv
 import io
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +17,8 @@ from pathlib import Path
 from openpyxl import Workbook
 from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from PIL import Image
+
+from puma_files import whole_file
 
 from .questions import ALL, OPTION_LETTER, Benchmark, Question, Scores, require_fields
 from .runner import Row, bootstrap_mean
@@ -96,12 +97,8 @@ class MMBench(Benchmark):
                 cells = {**row, "index": int(row["index"]), "prediction": answers[int(row["index"])]}
                 sheet.append([_cell(cells[name]) for name in columns])
         file = folder / f"mmbench_{self.split}.xlsx"
-        unfinished = file.with_name(f".{os.getpid()}.{file.name}")
-        try:
+        with whole_file(file) as unfinished:
             book.save(unfinished)
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)
         return file
 
     def _file_rows(self) -> list[dict[str, str]]:

@@ -27,7 +27,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
-from puma_files import read_safetensors_header
+from puma_files import read_safetensors_header, whole_file
 
 Row = dict[str, Any]
 BatchFunction = Callable[[list[Any]], list[Row]]
@@ -200,13 +200,9 @@ def read_rows(folder: Path) -> Iterator[Row]:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a whole file or none; two processes that write the same file end with one of both."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    """Writes a whole file or none."""
+    with whole_file(file) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class ArrayFile:
