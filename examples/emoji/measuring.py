@@ -18,7 +18,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from diffusers_puma import PumaPipeline
 from diffusers_puma.contact_sheet import contact_sheet
 from diffusers_puma.evaluation.lpips import load_lpips, lpips_distance
-from transformers_puma.evaluation.runner import bootstrap_mean, run_samples, sample_seed
+from transformers_puma.evaluation.intervals import bootstrap_mean
+from transformers_puma.evaluation.runner import run_samples, sample_seed
 
 BATCH = 32
 SHOWN = 10  # samples on a sheet

@@ -22,7 +22,7 @@ from measuring import (
 
 from diffusers_puma.evaluation.lpips import lpips_distance
 from transformers_puma import flatten_scales
-from transformers_puma.evaluation.runner import bootstrap_mean
+from transformers_puma.evaluation.intervals import bootstrap_mean
 from transformers_puma.evaluation.teacher_forcing import teacher_forced_features
 
 PART, FEATURES_PART = "text_to_image", "features"

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from transformers_puma.evaluation.runner import Row, bootstrap_mean, sample_seed
+from transformers_puma.evaluation.intervals import bootstrap_mean
+from transformers_puma.evaluation.runner import Row, sample_seed
 
 from ..pipeline_puma import PumaPipeline
 from .pictures import as_square

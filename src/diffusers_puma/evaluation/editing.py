@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from transformers_puma.evaluation.runner import Row, bootstrap_mean
+from transformers_puma.evaluation.intervals import bootstrap_mean
+from transformers_puma.evaluation.runner import Row
 
 from .drawing import Drawer, summarize
 from .encoders import ClipEncoder, DinoEncoder, cosine

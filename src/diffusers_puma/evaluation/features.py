@@ -22,13 +22,8 @@ import torch
 from PIL import Image
 
 from transformers_puma import flatten_scales
-from transformers_puma.evaluation.runner import (
-    ArrayFile,
-    Row,
-    bootstrap_mean,
-    read_arrays,
-    sample_seed,
-)
+from transformers_puma.evaluation.intervals import bootstrap_mean
+from transformers_puma.evaluation.runner import ArrayFile, Row, read_arrays, sample_seed
 from transformers_puma.evaluation.teacher_forcing import teacher_forced_features
 
 from ..feature_stage import Features

@@ -1,21 +1,23 @@
-"""Intervals of scores that are no plain mean over samples."""
+"""Scores of independent samples, each with its percentile bootstrap interval."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .runner import RESAMPLES
-
+RESAMPLES = 1000
 DRAWN_AT_ONCE = 2**22  # indices
+CONFIDENCE = 0.95
+
+
+def bootstrap_mean(values: Sequence[float]) -> dict[str, float]:
+    """Mean of independent samples and its interval: `mean`, `low`, `high` and `n`."""
+    return bootstrap_statistic([np.asarray(values, dtype=np.float64)], lambda means: means[0])
 
 
 def bootstrap_statistic(
-    strata: Sequence[np.ndarray],
-    statistic: Callable[[list[np.ndarray]], np.ndarray],
-    seed: int = 0,
-    confidence: float = 0.95,
+    strata: Sequence[np.ndarray], statistic: Callable[[list[np.ndarray]], np.ndarray]
 ) -> dict[str, float]:
-    """A function of means, such as F1 of counts or a sum over categories, and its percentile bootstrap interval.
+    """A function of means, such as F1 of counts or a sum over categories, and its interval.
 
     Args:
         strata: for each part of the data (n_i, ...) values of its n_i independent samples; each part is resampled on
@@ -25,9 +27,9 @@ def bootstrap_statistic(
     Returns:
         As `bootstrap_mean`: `mean` (the statistic of the data), `low`, `high`, and `n` (of all samples).
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = statistic([_resampled_means(part, generator) for part in strata])
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     (value,) = statistic([part.mean(axis=0, keepdims=True) for part in strata])
     return {"mean": float(value), "low": float(low), "high": float(high), "n": sum(map(len, strata))}
 

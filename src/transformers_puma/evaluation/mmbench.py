@@ -20,8 +20,9 @@ from PIL import Image
 
 from puma_files import whole_file
 
+from .intervals import bootstrap_mean
 from .questions import ALL, OPTION_LETTER, Benchmark, Question, Scores, require_fields
-from .runner import Row, bootstrap_mean
+from .runner import Row
 
 LETTERS = "ABCD"
 COPY = 1_000_000  # distance between the indices of a question and of its rotated copies

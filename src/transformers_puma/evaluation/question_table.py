@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from .intervals import bootstrap_mean
 from .questions import ALL, Benchmark, Question, Scores, read_json_lines, require_fields
-from .runner import Row, bootstrap_mean
+from .runner import Row
 
 FIELDS = ("image", "question", "answer")
 

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from ..pictures import as_rgb
-from .runner import Row, bootstrap_mean
+from .intervals import bootstrap_mean
+from .runner import Row
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."

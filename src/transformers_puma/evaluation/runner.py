@@ -34,7 +34,6 @@ BatchFunction = Callable[[list[Any]], list[Row]]
 
 SETTINGS, RESULTS = "settings.json", "results.json"
 PACKAGES = ("puma-hub", "torch", "transformers", "diffusers", "torchmetrics", "torch-fidelity", "open-clip-torch")
-RESAMPLES = 1000
 BLOCK = 2**12  # bytes
 # Files of a model's folder that decide what it computes, beside its weights.
 MODEL_SETTINGS = (
@@ -231,19 +230,6 @@ def read_arrays(folder: str | Path, places: Sequence[Mapping[str, Any]]) -> np.n
     maps = {name: np.memmap(Path(folder) / name, "u1", "r") for name in {place["file"] for place in places}}
     parts = [maps[p["file"]][p["offset"] : p["offset"] + 4 * p["length"]].view("<f4") for p in places]
     return np.stack(parts)
-
-
-def bootstrap_mean(values: Sequence[float], seed: int = 0, confidence: float = 0.95) -> dict[str, float]:
-    """Mean of independent samples and its percentile bootstrap interval.
-
-    Returns:
-        `mean`, `low` and `high` (the interval of `confidence`) and `n`.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def versions() -> dict[str, str]:

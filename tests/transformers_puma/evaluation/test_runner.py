@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 from transformers_puma.evaluation.runner import (
     ArrayFile,
     Shard,
-    bootstrap_mean,
     read_arrays,
     read_rows,
     run_samples,
@@ -119,18 +118,6 @@ def test_arrays_lie_beside_the_rows(tmp_path):
     places = [file.append(vector) for file, vector in zip([first, second, first, second], vectors, strict=True)]
     assert [place["offset"] for place in places] == [0, 0, 12, 12]
     np.testing.assert_array_equal(read_arrays(tmp_path, places[::-1]), vectors[::-1])
-
-
-def test_bootstrap_interval_of_a_mean():
-    values = np.random.default_rng(1).normal(5, 2, size=400)
-    score = bootstrap_mean(values)
-    assert score["mean"] == pytest.approx(values.mean()) and score["n"] == 400
-    # The normal approximation, 1.96 standard errors, is good for 400 samples.
-    half = 1.96 * values.std() / 20
-    assert score["low"] == pytest.approx(values.mean() - half, abs=0.05)
-    assert score["high"] == pytest.approx(values.mean() + half, abs=0.05)
-    assert bootstrap_mean([3.0, 3.0]) == {"mean": 3.0, "low": 3.0, "high": 3.0, "n": 2}
-    assert bootstrap_mean(values) == score
 
 
 def test_results_file(tmp_path):
