@@ -1,5 +1,7 @@
-"""What all evaluations of pictures share: a pipeline's pictures of every scale and seed, the same in any batch."""
+"""What all evaluations of pictures share: a pipeline's pictures of every scale and seed, the same in any batch, and
+the tables of their scores."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -109,22 +111,35 @@ def mean_over_pairs(distance, first: list[list[Any]]) -> list[float]:
     return torch.stack(values).mean(0).tolist()
 
 
-def summarize(rows: list[Row], scales: list[int], best: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """Means and intervals of the rows' `scores`, `{scale: {metric: value}}`.
+def add_scores(rows: list[Row], name: str, scores: dict[str, list[float]]) -> None:
+    """Metrics with a value for each row -> `{metric: value}` in each row's `scores`, under `name`."""
+    for index, row in enumerate(rows):
+        row["scores"][name] = {metric: values[index] for metric, values in scores.items()}
+
+
+def means(rows: list[Row], name: str) -> dict[str, dict[str, float]]:
+    """Means and intervals of what `add_scores` put under `name`."""
+    return {
+        metric: bootstrap_mean([row["scores"][name][metric] for row in rows]) for metric in rows[0]["scores"][name]
+    }
+
+
+def summarize(
+    rows: list[Row], scales: list[int], best: dict[str, Callable] | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`means` of each scale.
 
     Args:
-        best: metric -> `max` or `min`; adds a row that takes the best scale of each sample for these metrics, each
-            metric for itself ("5-scale max" of report tables 2, 3 and 6).
+        best: metric -> `max` or `min`; adds a row that takes the best scale of each sample for those of these metrics
+            that were measured, each metric for itself ("5-scale max" of report tables 2, 3 and 6).
     """
-    scores: dict[str, dict[str, Any]] = {}
-    for scale in sorted(scales):
-        metrics = rows[0]["scores"][str(scale)]
-        scores[str(scale)] = {
-            name: bootstrap_mean([row["scores"][str(scale)][name] for row in rows]) for name in metrics
-        }
-    if best and len(scales) > 1:
+    scores = {str(scale): means(rows, str(scale)) for scale in sorted(scales)}
+    measured = [metric for metric in best or {} if metric in scores[str(scales[0])]]
+    if measured and len(scales) > 1:
         scores[MAX] = {
-            name: bootstrap_mean([choose(row["scores"][str(scale)][name] for scale in scales) for row in rows])
-            for name, choose in best.items()
+            metric: bootstrap_mean(
+                [best[metric](row["scores"][str(scale)][metric] for scale in scales) for row in rows]
+            )
+            for metric in measured
         }
     return scores

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from transformers_puma.evaluation.intervals import bootstrap_mean
 from transformers_puma.evaluation.runner import Row
 
-from .drawing import Drawer, summarize
+from .drawing import Drawer, add_scores, means, summarize
 from .encoders import ClipEncoder, DinoEncoder, cosine
 from .lpips import lpips_distance
 from .pictures import as_square, psnr, to_tensor
@@ -59,12 +58,8 @@ class Editing:
         # As edits are: CLIP's own preprocessing would crop a source that is not square.
         squares = [as_square(source, self.drawer.size) for source in sources]
         for scale, groups in drawn.items():
-            scores = self._scores(samples, squares, [group[0] for group in groups])
-            for index, row in enumerate(rows):
-                row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
-        unchanged = self._scores(samples, squares, squares)
-        for index, row in enumerate(rows):
-            row["scores"][UNCHANGED] = {name: values[index] for name, values in unchanged.items()}
+            add_scores(rows, str(scale), self._scores(samples, squares, [group[0] for group in groups]))
+        add_scores(rows, UNCHANGED, self._scores(samples, squares, squares))
         return rows
 
     def _scores(
@@ -88,7 +83,4 @@ class Editing:
         return scores
 
     def scores(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
-        measured = rows[0]["scores"][str(self.drawer.scales[0])]
-        table = summarize(rows, self.drawer.scales, {name: BEST[name] for name in BEST if name in measured})
-        unchanged = {name: bootstrap_mean([row["scores"][UNCHANGED][name] for row in rows]) for name in measured}
-        return {**table, UNCHANGED: unchanged}
+        return {**summarize(rows, self.drawer.scales, BEST), UNCHANGED: means(rows, UNCHANGED)}

@@ -28,7 +28,7 @@ from transformers_puma.evaluation.teacher_forcing import teacher_forced_features
 
 from ..feature_stage import Features
 from ..loading import bring_in
-from .drawing import Drawer
+from .drawing import Drawer, add_scores
 from .lpips import lpips_distance
 from .pictures import as_square, psnr, to_tensor
 
@@ -77,7 +77,8 @@ class FeatureErrors:
 
         stages = self._features(ids, prompts, sources, targets)
         truth = to_tensor([as_square(target, self.drawer.size) for target in targets])
-        rows = [{"id": i, "scores": {VAE: scores}} for i, scores in zip(ids, self._vae(targets, truth), strict=True)]
+        rows = [{"id": i, "scores": {}} for i in ids]
+        add_scores(rows, VAE, self._vae(targets, truth))
         coarsest = stages["truth"][max(stages["truth"])].float().mean(1).cpu()
         for row, mean in zip(rows, coarsest, strict=True):
             row["mean"] = self._arrays.append(mean.numpy())
@@ -90,8 +91,8 @@ class FeatureErrors:
                 drawn = to_tensor([group[0] for group in pictures[name][scale]])
                 scores[f"psnr_{name}"] = psnr(truth, drawn).tolist()
                 scores[f"lpips_{name}"] = lpips_distance(self.lpips, truth, drawn).tolist()
-            for index, row in enumerate(rows):
-                row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
+            add_scores(rows, str(scale), scores)
+            for row in rows:
                 row["scores"][str(scale)] |= _losses(row["scores"][VAE]["psnr"], row["scores"][str(scale)])
         return rows
 
@@ -115,7 +116,7 @@ class FeatureErrors:
         return {"truth": truth, "forced": forced, "free": free}
 
     @torch.no_grad()
-    def _vae(self, targets: list[Image.Image], truth: torch.Tensor) -> list[dict[str, float]]:
+    def _vae(self, targets: list[Image.Image], truth: torch.Tensor) -> dict[str, list[float]]:
         """What is left of the true pictures after the VAE alone, at the size that the decoders draw."""
         pipe = self.drawer.pipe
         unet = getattr(pipe, f"unet_{min(self.drawer.scales)}")
@@ -128,8 +129,7 @@ class FeatureErrors:
         decoded = pipe.decode_latents(latents * pipe.vae.config.scaling_factor)
         pictures = pipe.image_processor.postprocess(decoded, "pil")
         drawn = to_tensor([as_square(picture, self.drawer.size) for picture in pictures])
-        pairs = zip(psnr(truth, drawn).tolist(), lpips_distance(self.lpips, truth, drawn).tolist(), strict=True)
-        return [{"psnr": decibel, "lpips": distance} for decibel, distance in pairs]
+        return {"psnr": psnr(truth, drawn).tolist(), "lpips": lpips_distance(self.lpips, truth, drawn).tolist()}
 
     def scores(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
         # Pooling keeps the mean over a picture, so that it is the same at every scale.

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from transformers_puma.evaluation.runner import ArrayFile, Row, read_arrays
 
-from .drawing import Drawer, mean_over_pairs, summarize
+from .drawing import Drawer, add_scores, mean_over_pairs, summarize
 from .encoders import ClipEncoder, FrechetEncoder, cosine, frechet_distance
 from .lpips import lpips_distance
 from .pictures import as_square, to_tensor
@@ -81,9 +81,7 @@ class Generation:
         drawn = self.drawer.draw([sample["id"] for sample in samples], prompt=prompts)
         rows = [{"id": sample["id"], "scores": {}} for sample in samples]
         for scale, groups in drawn.items():
-            scores = self._scores(prompts, truth, groups)
-            for index, row in enumerate(rows):
-                row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
+            add_scores(rows, str(scale), self._scores(prompts, truth, groups))
         if self.frechet is not None:
             self._keep_features(rows, truth, drawn)
         return rows
@@ -118,8 +116,7 @@ class Generation:
                 row.setdefault("features", {})[name] = self._arrays.append(vector.numpy())
 
     def scores(self, rows: list[Row]) -> dict[str, dict[str, Any]]:
-        measured = rows[0]["scores"][str(self.drawer.scales[0])]
-        scores = summarize(rows, self.drawer.scales, {name: BEST[name] for name in BEST if name in measured})
+        scores = summarize(rows, self.drawer.scales, BEST)
         if len(rows) > 1 and self.frechet is not None:
             real = self._read_features(rows, "real")
             for scale in self.drawer.scales:

@@ -6,7 +6,7 @@ import torch
 
 from transformers_puma.evaluation.runner import Row
 
-from .drawing import Drawer, mean_over_pairs, summarize
+from .drawing import Drawer, add_scores, mean_over_pairs, summarize
 from .lpips import lpips_distance
 from .pictures import as_square, psnr, to_tensor
 
@@ -35,9 +35,7 @@ class Reconstruction:
         drawn = self.drawer.draw([sample["id"] for sample in samples], image=originals)
         rows = [{"id": sample["id"], "scores": {}} for sample in samples]
         for scale, groups in drawn.items():
-            scores = self._scores(originals, groups)
-            for index, row in enumerate(rows):
-                row["scores"][str(scale)] = {name: values[index] for name, values in scores.items()}
+            add_scores(rows, str(scale), self._scores(originals, groups))
         return rows
 
     def _scores(self, originals: list, groups: list[list]) -> dict[str, list[float]]:
