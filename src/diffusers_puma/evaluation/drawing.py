@@ -134,12 +134,10 @@ def summarize(
             that were measured, each metric for itself ("5-scale max" of report tables 2, 3 and 6).
     """
     scores = {str(scale): means(rows, str(scale)) for scale in sorted(scales)}
-    measured = [metric for metric in best or {} if metric in scores[str(scales[0])]]
+    measured = [name for name in best or {} if name in scores[str(scales[0])]]
     if measured and len(scales) > 1:
         scores[MAX] = {
-            metric: bootstrap_mean(
-                [best[metric](row["scores"][str(scale)][metric] for scale in scales) for row in rows]
-            )
-            for metric in measured
+            name: bootstrap_mean([best[name](row["scores"][str(scale)][name] for scale in scales) for row in rows])
+            for name in measured
         }
     return scores
