@@ -34,21 +34,20 @@ def add_plot_option(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    files = [find_results(name) for name in args.runs]
-    read_all(files)
-    draw_results(files, args.plot)
-    print_results(files)
+    results = read_all([find_results(name) for name in args.runs])
+    draw_results(results, args.plot)
+    print_results(results)
     if args.plot is not None:
         print(args.plot)
 
 
-def draw_results(files: list[Path], output: str | None) -> None:
+def draw_results(results: list[dict[str, Any]], output: str | None) -> None:
     """`--plot`; nothing without it."""
     if output is not None:
         from .eval_plot import plot_results
         from .pictures import check_output
 
-        plot_results(read_all(files), check_output(output))
+        plot_results(results, check_output(output))
 
 
 def find_results(name: str) -> Path:
@@ -88,9 +87,8 @@ def read_all(files: list[Path]) -> list[dict[str, Any]]:
     return results
 
 
-def print_results(files: list[Path]) -> list[dict[str, Any]]:
-    """Prints one or several results of the same evaluation, and returns them."""
-    results = read_all(files)
+def print_results(results: list[dict[str, Any]]) -> None:
+    """Prints one or several results of the same evaluation."""
     names = [chr(ord("A") + index) for index in range(len(results))]
     print(f"{results[0]['task']}, means with 95 % bootstrap intervals")
     for name, result in zip(names, results, strict=True):
@@ -102,7 +100,6 @@ def print_results(files: list[Path]) -> list[dict[str, Any]]:
         print("\n".join(["", *_align(_rows(names, results)), *reported_rows(results)]))
     if results[0]["task"] == "features":
         print("\n".join(["", *_align(lost_quality(names, results))]))
-    return results
 
 
 def _differences(names: list[str], results: list[dict[str, Any]]) -> list[str]:

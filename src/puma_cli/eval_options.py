@@ -5,10 +5,10 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .eval_compare import add_plot_option, draw_results, print_results
+from .eval_compare import add_plot_option, draw_results, print_results, read_results
 from .model_source import ModelSource
 from .options import add_model_options, number, positive, scale, seed
 from .pictures import check_output
@@ -165,14 +165,14 @@ def run_evaluation(args: argparse.Namespace, evaluation: "Evaluation", samples: 
     with quiet_libraries():
         file = evaluate(evaluation, samples.first(args.limit), args.out, model=model, batch_size=args.batch_size)
     if file is not None:
-        report_results([file], args.plot)
+        report_results(file, read_results(file), args.plot)
     return file is not None
 
 
-def report_results(files: list[Path], plot: str | None) -> None:
-    """Prints results and where they are."""
-    print_results(files)
-    print("\n".join(map(str, files)))
+def report_results(file: Path, results: dict[str, Any], plot: str | None) -> None:
+    """Prints the results of a file and where they are."""
+    print_results([results])
+    print(file)
     if plot is not None:
-        draw_results(files, plot)
+        draw_results([results], plot)
         print(plot)

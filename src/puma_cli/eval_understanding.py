@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .errors import UserError
-from .eval_compare import draw_results, read_results
+from .eval_compare import draw_results, read_all, read_results
 from .eval_options import add_run_options, check_files, choose_gpu, missing_packages_as_user_errors, report_results
 from .eval_report import INPUT_SCALES
 from .model_source import ModelSource, find_model
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         _evaluate(args, model, benchmark, own)
     files = [own / RESULTS for own in folders]
     if all(file.is_file() for file in files):  # another process may still be at work
-        draw_results(files, args.plot)
+        draw_results(read_all(files), args.plot)
         print("\n".join(input_scales_table(sorted(Path(args.out).glob(f"*/*/{RESULTS}")))))
 
 
@@ -93,10 +93,10 @@ def _evaluate(args: argparse.Namespace, source: ModelSource, benchmark, folder: 
 def _report(file: Path | None, plot: str | None) -> None:
     if file is None:
         return
-    submission = read_results(file)["submission"]
-    if submission:
-        print(file.with_name(submission))
-    report_results([file], plot)
+    results = read_results(file)
+    if results["submission"]:
+        print(file.with_name(results["submission"]))
+    report_results(file, results, plot)
 
 
 def input_scales_table(files: list[Path]) -> list[str]:
