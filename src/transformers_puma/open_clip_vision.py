@@ -43,14 +43,7 @@ def load_open_clip(arch: str, tag: str) -> tuple[CLIPVisionModel, PumaImageProce
         ValueError: an architecture or weights that open_clip does not know or cannot load, such as without a network;
             or a tower that is no plain CLIP.
     """
-    open_clip = _import_open_clip()
-    if arch not in open_clip.list_models():
-        raise ValueError(f"open_clip knows no architecture {arch!r}; open_clip.list_models() tells which there are")
-    tags = open_clip.list_pretrained_tags_by_model(arch)
-    if tag not in tags and not Path(tag).is_file():
-        raise ValueError(f"open_clip has no weights {tag!r} for {arch}: expected one of {tags} or a weight file")
-    # An architecture's own activation is not what all of its weights were trained with: open_clip only warns.
-    quick_gelu = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
+    open_clip, quick_gelu = _import_open_clip(), needs_quick_gelu(arch, tag)
     try:
         model = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick_gelu)
     except Exception as error:
@@ -65,6 +58,22 @@ def load_open_clip(arch: str, tag: str) -> tuple[CLIPVisionModel, PumaImageProce
         image_std=list(preprocessing["std"]),
     )
     return vision, image_processor
+
+
+def needs_quick_gelu(arch: str, tag: str) -> bool:
+    """Whether weights were trained with the quick GELU, which their architecture may not have: open_clip only warns.
+
+    Raises:
+        ModuleNotFoundError: open_clip is not installed.
+        ValueError: an architecture or weights that open_clip does not know.
+    """
+    open_clip = _import_open_clip()
+    if arch not in open_clip.list_models():
+        raise ValueError(f"open_clip knows no architecture {arch!r}; open_clip.list_models() tells which there are")
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if tag not in tags and not Path(tag).is_file():
+        raise ValueError(f"open_clip has no weights {tag!r} for {arch}: expected one of {tags} or a weight file")
+    return open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
 
 
 def clip_vision_from_open_clip(visual: nn.Module) -> CLIPVisionModel:

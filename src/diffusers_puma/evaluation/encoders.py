@@ -14,6 +14,8 @@ from PIL import Image
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from transformers_puma.open_clip_vision import needs_quick_gelu
+
 from .lpips import check_size
 from .pictures import to_tensor
 
@@ -120,13 +122,7 @@ def load_clip(name: str = CLIP, device: torch.device | str = "cpu") -> ClipEncod
     import open_clip
 
     arch, _, tag = name.partition("/")
-    tags = open_clip.list_pretrained_tags_by_model(arch)
-    if arch not in open_clip.list_models() or not tag:
-        raise ValueError(f"{name} is no ARCH/TAG of open_clip, such as {CLIP}")
-    if tag not in tags and not Path(tag).is_file():
-        raise ValueError(f"open_clip has no weights {tag!r} for {arch}, and there is no such file: it has {tags}")
-    # open_clip only warns where an architecture's own activation is not what its weights were trained with.
-    quick_gelu = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
+    quick_gelu = needs_quick_gelu(arch, tag)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(arch, pretrained=tag, force_quick_gelu=quick_gelu)
     except UNAVAILABLE as error:
@@ -191,18 +187,9 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> list[float]:
 
 def frechet_distance(real: torch.Tensor, drawn: torch.Tensor) -> float:
     """Fréchet distance between Gaussians fitted to features (n, d) and (m, d), by torchmetrics in float64."""
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).set_dtype(torch.float64)
+    same = nn.Identity()  # where torchmetrics expects a network: what it is given are features already
+    same.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(feature=same).set_dtype(torch.float64)
     metric.update(real.double(), real=True)
     metric.update(drawn.double(), real=False)
     return metric.compute().item()
-
-
-class _Given(nn.Module):
-    """Stands where torchmetrics expects a network: what it is given are features already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
