@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
+from transformers import BatchFeature, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
@@ -47,11 +47,6 @@ class Answer:
     prompt_tokens: int
     answer_tokens: int
     finish_reason: str
-
-
-def question_about(images: list[Image.Image], question: str) -> Conversation:
-    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    return Conversation([{"role": "user", "content": parts}], images)
 
 
 def read_messages(messages: list[dict[str, Any]]) -> Conversation:
@@ -135,16 +130,6 @@ class _Pieces(BaseStreamer):
         pass
 
 
-class _Stop(StoppingCriteria):
-    """Ends `generate` with the token at which it finds the event set."""
-
-    def __init__(self, event: Event):
-        self._event = event
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
 def prepare(processor: PumaProcessor, conversation: Conversation) -> BatchFeature:
     """Inputs of `answer`.
 
@@ -193,8 +178,11 @@ def stream_answer(
     stop: Event,
 ) -> Answer:
     """As `answer`, which hands each piece to `write` as soon as it is there, and ends early once `stop` is set."""
-    pieces = _Pieces(processor, write)
-    criteria = StoppingCriteriaList([_Stop(stop)])
+
+    def is_stopped(input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+    pieces, criteria = _Pieces(processor, write), StoppingCriteriaList([is_stopped])
     result = answer(mllm, processor, inputs, options, streamer=pieces, stopping_criteria=criteria)
     pieces.write_up_to(result.text)
     return result

@@ -25,11 +25,11 @@ def run(args: argparse.Namespace) -> None:
     model = find_model(args.model)
     model.require_language_model("a question")
 
-    from .answering import AnswerOptions, answer, prepare, question_about
+    from .answering import AnswerOptions, answer
     from .loading import load_language_model, quiet_libraries
 
     mllm, processor = load_language_model(model, args.device, args.dtype)
-    inputs = prepare(processor, question_about([picture], args.question))
+    inputs = processor.prepare_question([args.question], [[picture]])
     with quiet_libraries():
         result = answer(mllm, processor, inputs, AnswerOptions(args.max_new_tokens))
     print(result.text)

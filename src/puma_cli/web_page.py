@@ -12,7 +12,7 @@ from PIL import Image
 from diffusers_puma import PumaPipeline
 from diffusers_puma.pipeline_puma import IMAGE_SCALE, TEXT_SCALE
 
-from .answering import AnswerOptions, answer, prepare, question_about
+from .answering import AnswerOptions, answer
 from .errors import UserError, one_line
 from .options import MAX_SEED
 from .pictures import read_picture
@@ -89,7 +89,7 @@ def _ask_tab(pipe: PumaPipeline) -> None:
         with _complaints():
             if picture is None or not question.strip():
                 raise UserError("a picture and a question are needed")
-            inputs = prepare(pipe.processor, question_about([read_picture(picture)], question))
+            inputs = pipe.processor.prepare_question([question], [[read_picture(picture)]])
             return answer(pipe.mllm, pipe.processor, inputs, AnswerOptions()).text
 
     gr.on([button.click, question.submit], ask, [picture, question], output, concurrency_id="model")
