@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import make_image_grid
 from PIL import Image
 
 from puma_files import whole_file
@@ -102,11 +103,7 @@ def open_dpg(path: Path) -> Samples:
 
 def dpg_layout(sample: dict[str, Any], pictures: list[Image.Image]) -> Files:
     """`NAME.png`, the four pictures of a prompt as one of two rows; `--resolution` of the scorer is a side of one."""
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (2 * width, 2 * height))
-    for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % 2 * width, index // 2 * height))
-    return {f"{sample['id']}.png": sheet}
+    return {f"{sample['id']}.png": make_image_grid(pictures, 2, 2)}
 
 
 def open_imgedit(path: Path) -> Samples:

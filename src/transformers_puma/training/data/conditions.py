@@ -67,9 +67,9 @@ def compute_condition(image: Image.Image, task: str, rng: random.Random) -> Imag
     return Image.fromarray(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY)).convert("RGB")
 
 
-def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
+def canny(image: Image.Image) -> Image.Image:
     """White edges on black; the thresholds of the gradient are ControlNet's defaults."""
-    return Image.fromarray(cv2.Canny(np.asarray(image), low, high)).convert("RGB")
+    return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")
 
 
 def mask_rectangle(image: Image.Image, rng: random.Random) -> Image.Image:

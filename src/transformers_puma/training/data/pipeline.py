@@ -126,10 +126,7 @@ def load_source(
 
 
 def mix_samples(
-    streams: Sequence[IterableDataset],
-    weights: Sequence[float],
-    seed: int = 0,
-    stopping_strategy: str = "all_exhausted",
+    streams: Sequence[IterableDataset], weights: Sequence[float], seed: int, stopping_strategy: str
 ) -> IterableDataset:
     """Streams of samples, drawn from in proportion to their weights.
 
