@@ -230,7 +230,7 @@ def _chosen(split: str | None, splits: list[str], path: Path) -> str:
     if split is None and len(splits) == 1:
         return splits[0]
     if split not in splits:
-        raise ValueError(f"{path} has the splits {', '.join(splits)}: choose one with --split, got {split}")
+        raise ValueError(f"{path} has the splits {', '.join(splits)}: choose one as `split`, got {split}")
     return split
 
 

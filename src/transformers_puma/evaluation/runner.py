@@ -10,6 +10,9 @@ who computes which, and keeps them. A run lives in a folder:
 
 Processes (`torchrun`, `accelerate launch`) do not talk to each other: process r of w takes the samples r, r + w, ...,
 and whichever finds all rows in place writes the results. So processes may start, die and restart on their own.
+
+Beside that, what makes numbers repeatable and tells where they are from: seeds of samples, and fingerprints of models
+and versions of packages, for the settings and the results.
 """
 
 import hashlib

@@ -43,7 +43,7 @@ def test_imagenet_as_parquet(tmp_path):
     Dataset.from_dict({"image": [plain(9)], "label": [0]}, features).to_parquet(
         tmp_path / "data" / "test-00000-of-00001.parquet"
     )
-    with pytest.raises(ValueError, match="has the splits test, validation: choose one with --split, got None"):
+    with pytest.raises(ValueError, match="has the splits test, validation: choose one as `split`, got None"):
         open_pictures(tmp_path)
     samples = open_pictures(tmp_path, "validation")
     assert shades(samples) == samples.ids == fixed_order([0, 1, 2, 3])
@@ -90,7 +90,7 @@ def test_saved_data_sets(tmp_path):
     table.save_to_disk(tmp_path / "one")
     for folder, split in (("dict", None), ("dict", "heldout"), ("one", None)):
         assert sorted(shades(open_pictures(tmp_path / folder, split))) == [1, 2]
-    with pytest.raises(ValueError, match="has the splits heldout: choose one with --split, got train"):
+    with pytest.raises(ValueError, match="has the splits heldout: choose one as `split`, got train"):
         open_pictures(tmp_path / "dict", "train")
 
     samples = open_captions(tmp_path / "one", template="{name} in {style} style")

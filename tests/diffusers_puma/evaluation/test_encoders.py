@@ -50,7 +50,7 @@ def test_clip_that_is_not_there():
 
 def test_clip_without_a_network(clip_name, tmp_path):
     (tmp_path / "bad.pt").write_text("none")
-    with pytest.raises(OSError, match="could not be loaded.*name a file with --clip"):
+    with pytest.raises(OSError, match="could not be loaded.*give a file as `name`"):
         load_clip(f"{clip_name.partition('/')[0]}/{tmp_path / 'bad.pt'}")
 
 
@@ -62,7 +62,7 @@ def test_dino_is_the_class_token(dino_folder, pictures):
     expected = cosine_similarity(first, second, dim=0).item()
     vectors = dino.pictures(pictures[:2])
     assert cosine(vectors[:1], vectors[1:]) == pytest.approx([expected], abs=1e-5)
-    with pytest.raises(OSError, match="could not be loaded.*name its folder with --dino"):
+    with pytest.raises(OSError, match="could not be loaded.*give its folder as `name`"):
         load_dino(str(dino_folder / "none"))
 
 
@@ -88,7 +88,7 @@ def test_inception_is_torch_fidelitys(tmp_path, pictures):
         load_inception(tmp_path / "none.pth")
     torch.save({"evil": RandomInception}, tmp_path / "code.pth")
     for file in ("empty.pth", "code.pth"):
-        with pytest.raises(OSError, match="could not be loaded.*with --inception-weights"):
+        with pytest.raises(OSError, match="could not be loaded.*as `weights`"):
             load_inception(tmp_path / file)
 
 

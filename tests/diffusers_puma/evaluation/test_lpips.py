@@ -97,7 +97,7 @@ def test_other_files_are_refused(tmp_path):
 def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(OSError, match="No matching distribution.*name it with --lpips-weights"):
+    with pytest.raises(OSError, match="No matching distribution.*give it as `weights`"):
         download_lpips_weights(tmp_path / "w.safetensors")
     assert not (tmp_path / "w.safetensors").exists()
 
