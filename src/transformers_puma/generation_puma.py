@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache
 
@@ -218,13 +219,9 @@ class PumaGenerationMixin(GenerationMixin):
                 self._draw(drawing, generator)
             else:
                 self._write([row for row in rows if row.budget], generate_kwargs)
-        pad_id = self._pad_id()
-        longest = max(row.written for row in rows)
         written = [row.ids[len(row.ids) - row.written :] for row in rows]
-        continuations = [torch.cat([ids, ids.new_full((longest - len(ids),), pad_id)]) for ids in written]
-        return InterleavedOutput(
-            torch.cat([input_ids, torch.stack(continuations)], dim=1), [row.segments for row in rows]
-        )
+        continuations = pad_sequence(written, batch_first=True, padding_value=self._pad_id())
+        return InterleavedOutput(torch.cat([input_ids, continuations], dim=1), [row.segments for row in rows])
 
     def _interleaved_rows(
         self,
@@ -305,18 +302,17 @@ class PumaGenerationMixin(GenerationMixin):
 
     def _batch(self, rows: list["_Row"]) -> dict[str, torch.Tensor]:
         """The rows so far as one left-padded batch, with the images in them."""
-        longest = max(len(row.ids) for row in rows)
-        input_ids = torch.stack(
-            [torch.cat([row.ids.new_full((longest - len(row.ids),), self._pad_id()), row.ids]) for row in rows]
-        )
-        lengths = torch.tensor([len(row.ids) for row in rows], device=input_ids.device)
-        position = torch.arange(longest, device=input_ids.device)
-        batch = {"input_ids": input_ids, "attention_mask": (position >= longest - lengths[:, None]).long()}
+        ids = [row.ids for row in rows]
+        kept = [torch.ones_like(row_ids) for row_ids in ids]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_id(), padding_side="left"),
+            "attention_mask": pad_sequence(kept, batch_first=True, padding_side="left"),
+        }
         features = [feature for row in rows for feature in row.features]
         if features:
             written = [flag for row in rows for flag in row.is_written]
             batch["image_features"] = torch.stack(features)
-            batch["image_loss_mask"] = torch.tensor(written, device=input_ids.device)
+            batch["image_loss_mask"] = torch.tensor(written, device=ids[0].device)
         return batch
 
     def _pad_id(self) -> int:
