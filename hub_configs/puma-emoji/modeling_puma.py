@@ -360,33 +360,44 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None if skip_logits else self.lm_head(hidden_states[:, kept])
 
-        result = PumaCausalLMOutputWithPast(
+        losses = {}
+        if labels is not None:
+            text = self._text_loss(hidden_states, logits, labels, num_text_items)
+            images = self._image_losses(outputs, image_loss_mask, num_image_items)
+            weights = self.config.text_loss_weight, self.config.image_loss_weight
+            loss = weights[0] * text + weights[1] * images["image_loss"].to(text.device)
+            losses = {"loss": loss, "text_loss": text} | images
+        return PumaCausalLMOutputWithPast(
+            **losses,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_features=outputs.image_features,
             **{CACHE: getattr(outputs, CACHE)},
         )
-        if labels is not None:
-            has_all = logits is not None and logits.shape[1] == hidden_states.shape[1]
-            states = logits if has_all else hidden_states
-            labels = labels.to(states.device)
-            supervised = is_supervised_text(labels, self.config.image_token_id)
-            text_logits = states[:, :-1][supervised] if has_all else self.lm_head(states[:, :-1][supervised])
-            result.text_loss = text_loss(text_logits, labels[:, 1:][supervised], num_text_items)
-            self._set_image_results(result, outputs, image_loss_mask, num_image_items)
-            weights = self.config.text_loss_weight, self.config.image_loss_weight
-            result.loss = weights[0] * result.text_loss + weights[1] * result.image_loss.to(result.text_loss.device)
-        return PumaCausalLMOutputWithPast(**result)  # in the order of its fields: the loss first
 
-    def _set_image_results(
+    def _text_loss(
         self,
-        result: PumaCausalLMOutputWithPast,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor | None,
+        labels: torch.LongTensor,
+        num_items: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        has_all = logits is not None and logits.shape[1] == hidden_states.shape[1]
+        states = logits if has_all else hidden_states
+        labels = labels.to(states.device)
+        supervised = is_supervised_text(labels, self.config.image_token_id)
+        states = states[:, :-1][supervised]
+        return text_loss(states if has_all else self.lm_head(states), labels[:, 1:][supervised], num_items)
+
+    def _image_losses(
+        self,
         outputs: PumaModelOutputWithPast,
         image_loss_mask: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
-    ) -> None:
-        """Losses and predictions of the images to be written, each from the state that `image_decoding` says."""
+    ) -> dict[str, torch.Tensor]:
+        """What the output holds of the images to be written, each predicted from the state that `image_decoding`
+        says."""
         hidden_states = outputs.last_hidden_state
         device = hidden_states.device
         scales = scale_of_position(self.config.tokens_per_scale).to(device)
@@ -405,11 +416,12 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             predicted, target = (pair.to(device) for pair in self.image_head.loss_pair(states, target, scales))
         else:
             predicted = self.image_head(states).to(device)
-        result.image_loss = image_loss(predicted, target, scales, weights, num_items)
-
-        predicted = predicted.detach()
-        if outputs.image_positions is not None and self.config.image_head == "regression":
-            result.predicted_features = features.index_put(places, predicted.to(features))
-        error = squared_error(predicted, target)
+        error = squared_error(predicted.detach(), target)
         per_scale = torch.zeros_like(weights).index_add(0, scales, error)
-        result.scale_losses = per_scale / torch.bincount(scales, minlength=len(weights))
+        losses = {
+            "image_loss": image_loss(predicted, target, scales, weights, num_items),
+            "scale_losses": per_scale / torch.bincount(scales, minlength=len(weights)),
+        }
+        if outputs.image_positions is not None and self.config.image_head == "regression":
+            losses["predicted_features"] = features.index_put(places, predicted.detach().to(features))
+        return losses
