@@ -17,7 +17,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .cache_name_puma import CACHE
 from .configuration_puma import PumaConfig
 from .generation_puma import PumaGenerationMixin
-from .granularity import flatten_scales, multigranular_features, scale_of_position
+from .granularity import flatten_scales, multigranular_features
 from .image_decoding_puma import parent_of_position
 from .image_head_puma import PumaFlowHead, PumaRegressionHead
 from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
@@ -133,9 +133,8 @@ class PumaModel(PumaPreTrainedModel):
         """
         if self.config.input_scales is None:
             return positions.mask
-        scales = scale_of_position(self.config.tokens_per_scale).to(positions.offset.device)
-        scale = scales[positions.offset.clamp(max=len(scales) - 1)]
-        visible = torch.isin(scale, torch.tensor(self.config.input_scales, device=scale.device))
+        scales = positions.scales(self.config.tokens_per_scale)
+        visible = torch.isin(scales, torch.tensor(self.config.input_scales, device=scales.device))
         return (positions.mask & visible) | positions.of_images(image_loss_mask)
 
     @can_return_tuple
@@ -400,10 +399,9 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         says."""
         hidden_states = outputs.last_hidden_state
         device = hidden_states.device
-        scales = scale_of_position(self.config.tokens_per_scale).to(device)
         weights = torch.tensor(self.config.scale_loss_weights, dtype=torch.float32, device=device)
         if outputs.image_positions is None:
-            states, scales = hidden_states[0, :0], scales[:0]
+            states, scales = hidden_states[0, :0], torch.zeros(0, dtype=torch.long, device=device)
             target = states.new_zeros(0, self.config.vision_config.hidden_size)
         else:
             positions, features = outputs.image_positions.to(device), outputs.image_features.to(device)
@@ -411,7 +409,7 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             is_shifted = self.config.image_decoding == "autoregressive"
             states = hidden_states[:, :-1][supervised[:, 1:]] if is_shifted else hidden_states[supervised]
             places = positions.image[supervised], positions.offset[supervised]
-            scales, target = scales[places[1]], features[places]
+            scales, target = positions.scales(self.config.tokens_per_scale)[supervised], features[places]
         if self.config.image_head == "flow":
             predicted, target = (pair.to(device) for pair in self.image_head.loss_pair(states, target, scales))
         else:

@@ -6,7 +6,6 @@ import random
 import torch
 from transformers import PreTrainedModel
 
-from ..granularity import scale_of_position
 from ..image_positions_puma import ImagePositions
 from ..loss_puma import is_supervised_text
 from ..modeling_puma import PumaModel
@@ -125,10 +124,9 @@ class ModelLossMixin(PumaTrainerMixin):
     def _supervised_per_scale(self, batch: dict) -> torch.Tensor:
         """(num_scales,) supervised image tokens of each scale."""
         config = self.accelerator.unwrap_model(self.model).config
-        scales = scale_of_position(config.tokens_per_scale).to(batch["input_ids"].device)
         positions = ImagePositions.find(batch["input_ids"], config.image_token_id)
         supervised = positions.of_images(batch.get("image_loss_mask"))
-        return torch.bincount(scales[positions.offset[supervised]], minlength=config.num_scales)
+        return torch.bincount(positions.scales(config.tokens_per_scale)[supervised], minlength=config.num_scales)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts = {}
@@ -229,9 +227,8 @@ class ModelLossMixin(PumaTrainerMixin):
         repeated = row >= own
         inputs = {**inputs, "labels": labels.masked_fill(repeated, -100)}
         if "image_loss_mask" in inputs:
-            positions = ImagePositions.find(inputs["input_ids"], image_token_id)
-            is_start = positions.mask & (positions.offset == 0)
-            inputs["image_loss_mask"] = inputs["image_loss_mask"] & ~repeated[is_start]
+            starts = ImagePositions.find(inputs["input_ids"], image_token_id).starts
+            inputs["image_loss_mask"] = inputs["image_loss_mask"] & ~repeated[starts]
         return inputs
 
     def evaluation_loop(
