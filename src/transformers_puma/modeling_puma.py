@@ -16,11 +16,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_name_puma import CACHE
 from .configuration_puma import PumaConfig
-from .generation_puma import PumaGenerationMixin
 from .granularity import flatten_scales, multigranular_features
 from .image_decoding_puma import parent_of_position
 from .image_head_puma import PumaFlowHead, PumaRegressionHead
 from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
+from .interleaved_puma import PumaInterleavedGenerationMixin
 from .loss_puma import image_loss, is_supervised_text, squared_error, text_loss
 from .outputs_puma import PumaCausalLMOutputWithPast, PumaModelOutputWithPast
 from .pretrained_puma import PumaPreTrainedModel
@@ -267,7 +267,7 @@ class PumaModel(PumaPreTrainedModel):
         return int(longest)
 
 
-class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
+class PumaForConditionalGeneration(PumaPreTrainedModel, PumaInterleavedGenerationMixin):
     """PUMA's language model with its text head and its image head (report section 3.3)."""
 
     # The loss takes two counts of its own, not the Trainer's `num_items_in_batch`.
