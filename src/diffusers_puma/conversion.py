@@ -113,27 +113,30 @@ def convert_released_unet(folder: str | Path, num_tokens: int) -> PumaUNet2DCond
     if "encoder_hid_proj.weight" not in weights:
         raise ValueError(f"{folder} is no PUMA decoder: its weights lack mapping_layer.weight")
 
-    stock_config = {key: value for key, value in config.items() if key not in RELEASE_CONFIG_KEYS}
-    changes = {
-        "encoder_hid_dim": weights["encoder_hid_proj.weight"].shape[1],
-        "encoder_hid_dim_type": "text_proj",
-        "addition_embed_type": None,
-        "num_tokens": num_tokens,
-        "use_position_table": config.get("use_embeds", "position_table" in weights),
-    }
-    decoder = empty_decoder(folder, stock_config | changes)
-    _check_weights(folder, decoder, weights)
-    decoder.load_state_dict(weights, assign=True)
+    feature_size = weights["encoder_hid_proj.weight"].shape[1]
+    has_table = config.get("use_embeds", "position_table" in weights)
+    decoder = empty_decoder(folder, feature_size, num_tokens, use_position_table=has_table)
+    load_weights(folder, decoder, weights)
     return decoder.eval()
 
 
-def empty_decoder(folder: Path, config: dict[str, Any]) -> PumaUNet2DConditionModel:
-    """A decoder without weights, on the meta device.
+def empty_decoder(
+    folder: Path, feature_size: int, num_tokens: int, use_position_table: bool
+) -> PumaUNet2DConditionModel:
+    """A decoder without weights, on the meta device, of the UNet in `folder`, a plain or a released one.
 
     Raises:
-        ValueError: diffusers makes no UNet of `config`; the message names the `folder` that it is from.
+        ValueError: diffusers makes no UNet of its config; the message names the folder.
     """
-    arguments, _, _ = PumaUNet2DConditionModel.extract_init_dict(config)
+    config = {key: value for key, value in read_json(folder / CONFIG_NAME).items() if key not in RELEASE_CONFIG_KEYS}
+    changes = {
+        "encoder_hid_dim": feature_size,
+        "encoder_hid_dim_type": "text_proj",
+        "addition_embed_type": None,
+        "num_tokens": num_tokens,
+        "use_position_table": use_position_table,
+    }
+    arguments, _, _ = PumaUNet2DConditionModel.extract_init_dict(config | changes)
     try:
         with torch.device("meta"):
             return PumaUNet2DConditionModel(**arguments)
@@ -182,7 +185,13 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_weights(folder: Path, decoder: PumaUNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
+def load_weights(folder: Path, decoder: PumaUNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
+    """Puts weights, which are not copied, into an empty decoder.
+
+    Raises:
+        ValueError: weights that are missing, unknown or of another shape; the message names the `folder` that they
+            are from, and the first three as a release calls them.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     released = {new: old for old, new in RENAMED.items()}
@@ -196,6 +205,7 @@ def _check_weights(folder: Path, decoder: PumaUNet2DConditionModel, weights: dic
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"the weights in {folder} do not fit its config: {', '.join(problems[:3])}{more}")
+    decoder.load_state_dict(weights, assign=True)
 
 
 def _read_image_encoder(folder: Path) -> CLIPVisionModel:

@@ -37,6 +37,7 @@ from .conversion import (
     UNUSED,
     convert_released_decoders,
     empty_decoder,
+    load_weights,
     read_vae,
     read_weights,
     require_components,
@@ -301,48 +302,34 @@ def _write_plain_decoders(source: _DecoderSource, model: PumaForConditionalGener
     scheduler.save_pretrained(work / "scheduler")
     components: Components = {"vae": vae.to("meta"), "scheduler": scheduler}
 
-    config = read_json(source.folder / "unet" / CONFIG_NAME)
+    folder = source.folder / "unet"
+    config = read_json(folder / CONFIG_NAME)
     if config.get("in_channels", 4) != vae.config.latent_channels:
         raise ValueError(
             f"the UNet of {source.name} takes {config.get('in_channels', 4)} channels, but the VAE's latents have "
             f"{vae.config.latent_channels}: expected a text-to-image pipeline"
         )
-    weights = {name: w for name, w in read_weights(source.folder / "unet").items() if not name.startswith(UNUSED)}
+    weights = {name: w for name, w in read_weights(folder).items() if not name.startswith(UNUSED)}
+    feature_size = model.config.vision_config.hidden_size
     for scale, num_tokens in enumerate(model.config.tokens_per_scale):
-        changes = {
-            "encoder_hid_dim": model.config.vision_config.hidden_size,
-            "encoder_hid_dim_type": "text_proj",
-            "addition_embed_type": None,
-            "num_tokens": num_tokens,
-            "use_position_table": scale == 0,
-        }
-        decoder = _decoder_from_plain(source, {**config, **changes}, weights)
+        decoder = empty_decoder(folder, feature_size, num_tokens, use_position_table=scale == 0)
+        _fill_from_plain(folder, decoder, weights)
         decoder.save_pretrained(work / f"unet_{scale}")
         components[f"unet_{scale}"] = decoder.to("meta")
         logger.info(f"unet_{scale} is in place")
     return components
 
 
-def _decoder_from_plain(
-    source: _DecoderSource, config: dict[str, Any], weights: dict[str, torch.Tensor]
-) -> PumaUNet2DConditionModel:
-    """A decoder that shares the plain UNet's weights; its projection and position table are new."""
-    decoder = empty_decoder(source.folder / "unet", config)
+def _fill_from_plain(folder: Path, decoder: PumaUNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
+    """Gives a decoder the plain UNet's weights, shared, and a projection and a position table that are new."""
     projection = decoder.encoder_hid_proj.to_empty(device="cpu")
     projection.reset_parameters()
     new = {f"encoder_hid_proj.{name}": weight for name, weight in projection.state_dict().items()}
     if decoder.config.use_position_table:
         new["position_table"] = initial_position_table(decoder.config.num_tokens, projection.out_features)
     dtype = weights["conv_in.weight"].dtype
-    weights = weights | {name: weight.to(dtype) for name, weight in new.items()}
-
-    expected = {name: weight.shape for name, weight in decoder.state_dict().items()}
-    unfit = sorted(name for name, shape in expected.items() if name not in weights or weights[name].shape != shape)
-    if unfit or expected.keys() != weights.keys():
-        example = unfit[0] if unfit else sorted(weights.keys() - expected.keys())[0]
-        raise ValueError(f"the weights of the UNet in {source.name} do not fit its config, such as {example}")
-    decoder.load_state_dict(weights, assign=True)
-    return decoder
+    new = {name: weight.to(dtype) for name, weight in new.items()}
+    load_weights(folder, decoder, weights | new)
 
 
 def _rows(model: nn.Module) -> int:

@@ -10,9 +10,9 @@ from transformers import (
 )
 
 from .configuration_puma import PumaConfig
-from .generation_puma import InterleavedOutput
 from .granularity import flatten_scales, multigranular_features, split_scales, tokens_per_scale
 from .image_processing_puma import PumaImageProcessor
+from .interleaved_puma import InterleavedOutput
 from .modeling_puma import PumaForConditionalGeneration, PumaModel
 from .processing_puma import PumaProcessor, add_puma_tokens
 

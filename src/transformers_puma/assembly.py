@@ -14,7 +14,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,7 +28,7 @@ from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEI
 
 from puma_files import read_safetensors_header, shard_files, unreadable
 
-from .cache_name_puma import CACHE
+from .backbone_checks import require_plain_decoder
 from .configuration_puma import PumaConfig
 from .granularity import num_scales_of_grid
 from .image_processing_puma import PumaImageProcessor
@@ -76,7 +75,7 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
         # tokenizers has no exception of its own.
         raise ValueError(f"the tokenizer of {name} cannot be read: {unreadable(error)}") from error
     language_model = _load(AutoModelForCausalLM, name)
-    _require_plain_decoder(name, language_model)
+    require_plain_decoder(name, language_model)
     return language_model, tokenizer
 
 
@@ -220,50 +219,3 @@ def _load(model_class: Any, name: str, **arguments: Any) -> PreTrainedModel:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"the weights of {name} lack {len(missing)} entries, such as {missing[0]}")
     return model.eval()
-
-
-@torch.no_grad()
-def _require_plain_decoder(name: str, language_model: PreTrainedModel) -> None:
-    """Raises `ValueError` unless this is a causal model with a cache whose logits are one Linear of its last states.
-
-    Seen from what it computes, because each architecture has its own names for what it adds.
-    """
-    kind, base_model = language_model.config.model_type, language_model.base_model
-    if type(base_model) is not MODEL_MAPPING[type(language_model.config)]:
-        raise ValueError(f"{name} ({kind}) is no decoder-only model: it is the decoder of a larger one")
-    # Two texts that differ in the last token.
-    input_ids = torch.tensor([[3, 2, 1, 0], [3, 2, 1, 4]])
-    outputs = base_model(input_ids, use_cache=True)
-    states = outputs.last_hidden_state
-    tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
-    embeddings = base_model.get_input_embeddings()(input_ids)
-    try:
-        # As those of pictures, the last two are of no token.
-        embedded = base_model(inputs_embeds=torch.cat([embeddings, embeddings / 2])).last_hidden_state[:2]
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} ({kind}) cannot read embeddings in place of tokens: {error}") from error
-    if not torch.allclose(embedded, states, rtol=0, atol=tolerance):
-        raise ValueError(f"{name} ({kind}) computes other states of embeddings than of their tokens")
-    if not torch.allclose(states[0, :-1], states[1, :-1], rtol=0, atol=tolerance):
-        raise ValueError(f"{name} ({kind}) is not causal: it reads what follows a token")
-    cache = outputs.get(CACHE)
-    if cache is None or all(getattr(layer, "keys", None) is None for layer in cache.layers):
-        raise ValueError(f"{name} ({kind}) has no cache of keys and values, which drawing needs")
-
-    head, seen = language_model.get_output_embeddings(), {}
-
-    def watch(module, args, output):
-        # Larger than any real logits, so that a soft cap shows.
-        seen["input"], seen["output"] = args[0], output * 100
-        return seen["output"]
-
-    hook = head.register_forward_hook(watch)
-    logits = language_model(input_ids).logits
-    hook.remove()
-    reads_states = torch.allclose(seen["input"], states, rtol=0, atol=tolerance)
-    is_plain = reads_states and torch.equal(seen["output"].to(logits.dtype), logits)
-    if not is_plain or head.bias is not None:
-        raise ValueError(
-            f"{name} ({kind}) computes its logits from the last hidden state by more than one Linear without bias, "
-            "which PUMA cannot"
-        )

@@ -3,10 +3,14 @@
 Legend: n tokens, H hidden size, C feature channels.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 class PumaRegressionHead(nn.Linear):
@@ -86,6 +90,29 @@ class PumaFlowHead(nn.Module):
             sample = sample + self._velocity(sample, times, projected).float() / num_steps
         return (sample * self.std[scales] + self.mean[scales]).to(states.dtype)
 
+    def draw_noise(
+        self, num_rows: int, counts: Sequence[int], generator: Generators, device: torch.device
+    ) -> torch.Tensor:
+        """(B, sum of `counts`, C) unit noise, drawn part by part: further parts change none before them, nor what is
+        left of the generators.
+
+        Args:
+            generator: a list with one for each row makes each row the same in any batch.
+        """
+        generators = [_split(g, device) for g in (generator if isinstance(generator, list) else [generator])]
+        rows = num_rows // len(generators)
+        parts = [
+            torch.cat(
+                [
+                    # On the generator's own device: the same seed gives the same noise on any.
+                    torch.randn(rows, count, self.feature_size, generator=g, device=g.device).to(device)
+                    for g in generators
+                ]
+            )
+            for count in counts
+        ]
+        return torch.cat(parts, dim=1)
+
     # A weight may be quantised: the bias has the type of what is computed.
 
     def _project(self, states: torch.Tensor) -> torch.Tensor:
@@ -113,3 +140,10 @@ class FlowLayer(nn.Module):
         """(.., width) both."""
         shift, scale, gate = self.modulation(F.silu(condition)).chunk(3, dim=-1)
         return hidden + gate * self.perceptron(self.norm(hidden) * (1 + scale) + shift)
+
+
+def _split(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """A generator that is seeded by one draw from another, or from the global random state of a device."""
+    device = device if generator is None else generator.device
+    seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+    return torch.Generator(device).manual_seed(seed.item())

@@ -50,14 +50,23 @@ class ImagePositions:
             return torch.zeros_like(self.mask)
         return self.mask & flags.to(self.mask.device, torch.bool)[self.image.clamp(min=0)]
 
+    @property
+    def starts(self) -> torch.Tensor:
+        """(B, T) bool: the first placeholder of each image."""
+        return self.mask & (self.offset == 0)
+
     def counts(self) -> list[int]:
         """How many images each row holds."""
-        return (self.mask & (self.offset == 0)).sum(dim=1).tolist()
+        return self.starts.sum(dim=1).tolist()
+
+    def scales(self, tokens_per_scale: Sequence[int]) -> torch.Tensor:
+        """(B, T) long: the scale of each image position; without meaning at text."""
+        scales = scale_of_position(tokens_per_scale).to(self.offset.device)
+        return scales[self.offset.clamp(max=len(scales) - 1)]  # text may go on for longer than an image
 
     def scale_blocks(self, tokens_per_scale: Sequence[int]) -> torch.Tensor:
         """(B, T) long: one number for each scale of each image, -1 at text."""
-        scales = scale_of_position(tokens_per_scale).to(self.offset.device)
-        block = self.image * len(tokens_per_scale) + scales[self.offset.clamp(max=len(scales) - 1)]
+        block = self.image * len(tokens_per_scale) + self.scales(tokens_per_scale)
         return torch.where(self.mask, block, -1)
 
 

@@ -16,11 +16,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_name_puma import CACHE
 from .configuration_puma import PumaConfig
-from .generation_puma import PumaGenerationMixin
-from .granularity import flatten_scales, multigranular_features, scale_of_position
+from .granularity import flatten_scales, multigranular_features
 from .image_decoding_puma import parent_of_position
 from .image_head_puma import PumaFlowHead, PumaRegressionHead
 from .image_positions_puma import ImagePositions, blockwise_causal_mask, splice, with_noise
+from .interleaved_puma import PumaInterleavedGenerationMixin
 from .loss_puma import image_loss, is_supervised_text, squared_error, text_loss
 from .outputs_puma import PumaCausalLMOutputWithPast, PumaModelOutputWithPast
 from .pretrained_puma import PumaPreTrainedModel
@@ -133,9 +133,8 @@ class PumaModel(PumaPreTrainedModel):
         """
         if self.config.input_scales is None:
             return positions.mask
-        scales = scale_of_position(self.config.tokens_per_scale).to(positions.offset.device)
-        scale = scales[positions.offset.clamp(max=len(scales) - 1)]
-        visible = torch.isin(scale, torch.tensor(self.config.input_scales, device=scale.device))
+        scales = positions.scales(self.config.tokens_per_scale)
+        visible = torch.isin(scales, torch.tensor(self.config.input_scales, device=scales.device))
         return (positions.mask & visible) | positions.of_images(image_loss_mask)
 
     @can_return_tuple
@@ -268,7 +267,7 @@ class PumaModel(PumaPreTrainedModel):
         return int(longest)
 
 
-class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
+class PumaForConditionalGeneration(PumaPreTrainedModel, PumaInterleavedGenerationMixin):
     """PUMA's language model with its text head and its image head (report section 3.3)."""
 
     # The loss takes two counts of its own, not the Trainer's `num_items_in_batch`.
@@ -360,39 +359,49 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = None if skip_logits else self.lm_head(hidden_states[:, kept])
 
-        result = PumaCausalLMOutputWithPast(
+        losses = {}
+        if labels is not None:
+            text = self._text_loss(hidden_states, logits, labels, num_text_items)
+            images = self._image_losses(outputs, image_loss_mask, num_image_items)
+            weights = self.config.text_loss_weight, self.config.image_loss_weight
+            loss = weights[0] * text + weights[1] * images["image_loss"].to(text.device)
+            losses = {"loss": loss, "text_loss": text} | images
+        return PumaCausalLMOutputWithPast(
+            **losses,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_features=outputs.image_features,
             **{CACHE: getattr(outputs, CACHE)},
         )
-        if labels is not None:
-            has_all = logits is not None and logits.shape[1] == hidden_states.shape[1]
-            states = logits if has_all else hidden_states
-            labels = labels.to(states.device)
-            supervised = is_supervised_text(labels, self.config.image_token_id)
-            text_logits = states[:, :-1][supervised] if has_all else self.lm_head(states[:, :-1][supervised])
-            result.text_loss = text_loss(text_logits, labels[:, 1:][supervised], num_text_items)
-            self._set_image_results(result, outputs, image_loss_mask, num_image_items)
-            weights = self.config.text_loss_weight, self.config.image_loss_weight
-            result.loss = weights[0] * result.text_loss + weights[1] * result.image_loss.to(result.text_loss.device)
-        return PumaCausalLMOutputWithPast(**result)  # in the order of its fields: the loss first
 
-    def _set_image_results(
+    def _text_loss(
         self,
-        result: PumaCausalLMOutputWithPast,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor | None,
+        labels: torch.LongTensor,
+        num_items: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        has_all = logits is not None and logits.shape[1] == hidden_states.shape[1]
+        states = logits if has_all else hidden_states
+        labels = labels.to(states.device)
+        supervised = is_supervised_text(labels, self.config.image_token_id)
+        states = states[:, :-1][supervised]
+        return text_loss(states if has_all else self.lm_head(states), labels[:, 1:][supervised], num_items)
+
+    def _image_losses(
+        self,
         outputs: PumaModelOutputWithPast,
         image_loss_mask: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
-    ) -> None:
-        """Losses and predictions of the images to be written, each from the state that `image_decoding` says."""
+    ) -> dict[str, torch.Tensor]:
+        """What the output holds of the images to be written, each predicted from the state that `image_decoding`
+        says."""
         hidden_states = outputs.last_hidden_state
         device = hidden_states.device
-        scales = scale_of_position(self.config.tokens_per_scale).to(device)
         weights = torch.tensor(self.config.scale_loss_weights, dtype=torch.float32, device=device)
         if outputs.image_positions is None:
-            states, scales = hidden_states[0, :0], scales[:0]
+            states, scales = hidden_states[0, :0], torch.zeros(0, dtype=torch.long, device=device)
             target = states.new_zeros(0, self.config.vision_config.hidden_size)
         else:
             positions, features = outputs.image_positions.to(device), outputs.image_features.to(device)
@@ -400,16 +409,17 @@ class PumaForConditionalGeneration(PumaPreTrainedModel, PumaGenerationMixin):
             is_shifted = self.config.image_decoding == "autoregressive"
             states = hidden_states[:, :-1][supervised[:, 1:]] if is_shifted else hidden_states[supervised]
             places = positions.image[supervised], positions.offset[supervised]
-            scales, target = scales[places[1]], features[places]
+            scales, target = positions.scales(self.config.tokens_per_scale)[supervised], features[places]
         if self.config.image_head == "flow":
             predicted, target = (pair.to(device) for pair in self.image_head.loss_pair(states, target, scales))
         else:
             predicted = self.image_head(states).to(device)
-        result.image_loss = image_loss(predicted, target, scales, weights, num_items)
-
-        predicted = predicted.detach()
-        if outputs.image_positions is not None and self.config.image_head == "regression":
-            result.predicted_features = features.index_put(places, predicted.to(features))
-        error = squared_error(predicted, target)
+        error = squared_error(predicted.detach(), target)
         per_scale = torch.zeros_like(weights).index_add(0, scales, error)
-        result.scale_losses = per_scale / torch.bincount(scales, minlength=len(weights))
+        losses = {
+            "image_loss": image_loss(predicted, target, scales, weights, num_items),
+            "scale_losses": per_scale / torch.bincount(scales, minlength=len(weights)),
+        }
+        if outputs.image_positions is not None and self.config.image_head == "regression":
+            losses["predicted_features"] = features.index_put(places, predicted.detach().to(features))
+        return losses

@@ -302,7 +302,7 @@ class TestPlainDecoders:
         make_plain_pipeline(tmp_path / "plain")
         file = tmp_path / "plain" / "unet" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"layers_per_block": 2}))
-        with pytest.raises(ValueError, match="do not fit its config, such as down_blocks.0.resnets.1"):
+        with pytest.raises(ValueError, match="plain/unet do not fit its config: down_blocks.0.resnets.1"):
             initialize_puma(llama, ENCODER, tmp_path / "plain", tmp_path / "out")
 
 

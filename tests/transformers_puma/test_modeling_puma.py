@@ -269,6 +269,8 @@ def test_positions():
     positions = ImagePositions.find(ids, 7)
     assert positions.image[positions.mask].tolist() == [0, 0, 1, 1, 2, 2]
     assert positions.offset[positions.mask].tolist() == [0, 1, 0, 1, 0, 1]
+    assert positions.starts.int().tolist() == [[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
+    assert positions.scales([4, 1])[positions.mask].tolist() == [1, 0, 1, 0, 1, 0]
 
 
 def test_what_is_read_is_not_what_is_learnt(processor, batch):

@@ -1,4 +1,4 @@
-"""From cached finest-scale features to what one decoder takes.
+"""Features of one decoder: pooled from cached ones of the finest scale, their statistics, and a start that suits them.
 
 Legend: B pictures, k_0 tokens of the finest scale, k of the decoder's, C feature channels.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from transformers_puma.granularity import multigranular_features
+from transformers_puma.training import standardize_input
 
 from ..unet_puma import PumaUNet2DConditionModel
 
@@ -57,17 +58,13 @@ def feature_statistics(batches: Iterable[torch.Tensor], num_tokens: int) -> tupl
     return mean.float(), variance.clamp(min=0).sqrt().float()
 
 
-@torch.no_grad()
 def standardize_projection(unet: PumaUNet2DConditionModel, mean: torch.Tensor, std: torch.Tensor) -> None:
     """Makes the decoder's projection see features of zero mean and unit variance from the first step on, in place.
 
     The standardisation is folded into the weight and bias of `encoder_hid_proj`, so the saved decoder is an ordinary
-    one. A channel that hardly varies (under a thousandth of the mean deviation) is not blown up.
+    one; see `standardize_input`.
 
     Args:
         mean, std: (C,), from `feature_statistics`.
     """
-    projection = unet.encoder_hid_proj
-    std = std.clamp(min=1e-3 * std.mean().item()).to(projection.weight)
-    projection.weight.div_(std)
-    projection.bias.sub_(projection.weight @ mean.to(projection.weight))
+    standardize_input(unet.encoder_hid_proj, mean, std)

@@ -6,7 +6,7 @@ from .arguments import PumaTrainingArguments
 from .callbacks import PumaSampleCallback, SampleCallback
 from .checkpoints import ResumableTrainerMixin, last_whole_checkpoint
 from .collator import PumaDataCollator, PumaPreferenceCollator
-from .initialization import standardize_feature_heads
+from .initialization import standardize_feature_heads, standardize_input
 from .trainer import PumaTrainer
 
 _NEEDS_EXTRA = {
@@ -34,6 +34,7 @@ __all__ = [
     "puma_lora_config",
     "puma_token_ids",
     "standardize_feature_heads",
+    "standardize_input",
 ]
 
 

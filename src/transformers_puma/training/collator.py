@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from jinja2 import UndefinedError
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..pictures import picture_size
@@ -89,9 +90,9 @@ class PumaDataCollator:
         padded = self.processor.tokenizer.pad(
             {"input_ids": [ids for ids, _ in sequences]}, padding_side="right", return_tensors="pt"
         )
-        labels = torch.full_like(padded["input_ids"], -100)
-        for row, (_, row_labels) in zip(labels, sequences, strict=True):
-            row[: len(row_labels)] = torch.tensor(row_labels)
+        # A row may be empty, which has no type of its own.
+        labels = [torch.tensor(row_labels, dtype=torch.long) for _, row_labels in sequences]
+        labels = pad_sequence(labels, batch_first=True, padding_value=-100)
         return {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"], "labels": labels}
 
     def _images(self, rows: list[Row], counts: list[int]) -> dict[str, torch.Tensor]:

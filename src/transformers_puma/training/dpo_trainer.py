@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 
 from .arguments import ProjectorArguments, adopt_arguments
 from .collator import PumaPreferenceCollator
-from .trl_mixin import RowsMixin, check_supported, load_model_and_processor
+from .trl_common import RowsMixin, check_supported, load_model_and_processor
 
 SUPPORTED = {
     "padding_free": (False,),

@@ -1,9 +1,23 @@
-"""A start for the projector and the image head that suits the encoder."""
+"""A start for what reads and writes image features that suits the encoder."""
 
 import torch
+from torch import nn
 
 from ..image_head_puma import PumaFlowHead
 from ..modeling_puma import PumaForConditionalGeneration
+
+
+@torch.no_grad()
+def standardize_input(layer: nn.Linear, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Makes a layer see features of zero mean and unit variance, by its weight and bias, in place.
+
+    A channel that hardly varies (under a thousandth of the mean deviation) is not blown up.
+
+    Args:
+        mean, std: (C,) per channel of the features.
+    """
+    layer.weight.div_(_without_zeros(std).to(layer.weight))
+    layer.bias.sub_(layer.weight @ mean.to(layer.weight))
 
 
 @torch.no_grad()
@@ -16,12 +30,15 @@ def standardize_feature_heads(model: PumaForConditionalGeneration, mean: torch.T
     Args:
         mean, std: (C,) per channel of the encoder's features.
     """
-    projector, head = model.model.projector, model.image_head
-    projector.bias -= projector.weight @ (mean / std).to(projector.weight)
-    projector.weight /= std.to(projector.weight)
+    standardize_input(model.model.projector, mean, std)
+    head, std = model.image_head, _without_zeros(std)
     if isinstance(head, PumaFlowHead):
         head.mean.copy_(mean)
         head.std.copy_(std)
         return
     head.weight *= std.to(head.weight)[:, None]
     head.bias.mul_(std.to(head.weight)).add_(mean.to(head.weight))
+
+
+def _without_zeros(std: torch.Tensor) -> torch.Tensor:
+    return std.clamp(min=1e-3 * std.mean().item())

@@ -8,8 +8,8 @@ from trl import SFTConfig, SFTTrainer
 
 from .arguments import ModelLossArguments, adopt_arguments
 from .collator import PumaDataCollator
-from .mixins import ModelLossMixin
-from .trl_mixin import RowsMixin, check_supported, load_model_and_processor
+from .language_model_trainer import ModelLossMixin
+from .trl_common import RowsMixin, check_supported, load_model_and_processor
 
 SUPPORTED = {
     "loss_type": ("nll",),

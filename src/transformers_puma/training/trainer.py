@@ -5,7 +5,7 @@ from transformers import Trainer
 from ..processing_puma import PumaProcessor
 from .arguments import PumaTrainingArguments, adopt_arguments
 from .collator import PumaDataCollator
-from .mixins import ModelLossMixin
+from .language_model_trainer import ModelLossMixin
 
 
 class PumaTrainer(ModelLossMixin, Trainer):

@@ -211,7 +211,7 @@ def test_without_trl_the_extra_is_named(monkeypatch):
 
     import transformers_puma.training as training
 
-    for name in ("sft_trainer", "trl_mixin"):
+    for name in ("sft_trainer", "trl_common"):
         monkeypatch.delitem(sys.modules, f"transformers_puma.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"PumaSFTTrainer needs trl: pip install 'puma-hub\[train\]'"):

@@ -298,6 +298,17 @@ def test_standardised_heads_start_at_the_features_mean(processor):
     torch.testing.assert_close(model.image_head(states), (states @ weight.T + bias) * std + mean)
 
 
+@pytest.mark.parametrize("image_head", ["regression", "flow"])
+def test_a_constant_channel_gives_finite_weights(processor, image_head):
+    model = make_model(processor, image_head=image_head)
+    std = torch.linspace(0, 10, 32)
+    standardize_feature_heads(model, torch.ones(32), std)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    if image_head == "flow":
+        assert (model.image_head.std > 0).all()
+        torch.testing.assert_close(model.image_head.std[0, 1:], std[1:])
+
+
 def test_the_stock_trainer_averages_over_accumulation(processor, tmp_path):
     """It knows one count, and the model takes two: so the mean is over micro-batches, not scaled by their number."""
     rows = [{"text": text} for text in ("hello", "world", "abcde", "fghij")]

@@ -1,16 +1,17 @@
-"""What PUMA's trainers share, on top of `transformers.Trainer` and of its subclasses in TRL."""
+"""What trainers of the language model share, on top of `transformers.Trainer` and of its subclasses in TRL: groups of
+the optimizer, and a loss that is exact over the global batch."""
 
 import math
 import random
 
 import torch
-from transformers import PreTrainedModel
 
-from ..granularity import scale_of_position
+from ..backbone_checks import require_blocks, require_separate_rows
 from ..image_positions_puma import ImagePositions
 from ..loss_puma import is_supervised_text
 from ..modeling_puma import PumaModel
 from .checkpoints import ResumableTrainerMixin
+from .loss_parts import LossParts
 
 
 class PumaTrainerMixin(ResumableTrainerMixin):
@@ -91,8 +92,7 @@ class ModelLossMixin(PumaTrainerMixin):
             )
         if not 0 <= self.args.feature_noise < math.inf:
             raise ValueError(f"feature_noise={self.args.feature_noise} must be a finite number from 0")
-        # Sums of losses and errors, and their weights, of training and of evaluation.
-        self._parts = {is_training: torch.zeros(2 * (2 + config.num_scales)) for is_training in (True, False)}
+        self._train_parts, self._eval_parts = LossParts(config.num_scales), LossParts(config.num_scales)
         self._is_backbone_checked = False
 
     def _check_backbone(self) -> None:
@@ -103,14 +103,14 @@ class ModelLossMixin(PumaTrainerMixin):
             model.eval()
             with self.accelerator.autocast():  # in the number format of the training
                 if self.args.packing:
-                    _require_separate_rows(model.language_model)
+                    require_separate_rows(model.language_model)
                 if model.config.image_decoding == "next_scale":
-                    _require_blocks(model)
+                    require_blocks(model)
             model.train(is_training)
 
     def train(self, *args, **kwargs):
         self._check_backbone()
-        self._parts[True].zero_()
+        self._train_parts.clear()
         return super().train(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
@@ -125,10 +125,9 @@ class ModelLossMixin(PumaTrainerMixin):
     def _supervised_per_scale(self, batch: dict) -> torch.Tensor:
         """(num_scales,) supervised image tokens of each scale."""
         config = self.accelerator.unwrap_model(self.model).config
-        scales = scale_of_position(config.tokens_per_scale).to(batch["input_ids"].device)
         positions = ImagePositions.find(batch["input_ids"], config.image_token_id)
         supervised = positions.of_images(batch.get("image_loss_mask"))
-        return torch.bincount(scales[positions.offset[supervised]], minlength=config.num_scales)
+        return torch.bincount(positions.scales(config.tokens_per_scale)[supervised], minlength=config.num_scales)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts = {}
@@ -153,8 +152,8 @@ class ModelLossMixin(PumaTrainerMixin):
             weights = torch.stack([num_text, num_tokens.sum()])
             losses = losses * (num_items_in_batch if counts else weights)
         errors = torch.where(num_tokens > 0, outputs.scale_losses * num_tokens, 0)
-        parts = torch.cat([losses, errors, weights, num_tokens])
-        self._parts[model.training] = self._parts[model.training].to(parts.device) + parts
+        parts = self._train_parts if model.training else self._eval_parts
+        parts.add(torch.cat([losses, errors]), torch.cat([weights, num_tokens]))
         # Data parallelism averages gradients over processes; the shares of the global batch are to be summed.
         loss = outputs.loss * (self.accelerator.num_processes if counts else 1)
         return (loss, outputs) if return_outputs else loss
@@ -185,21 +184,10 @@ class ModelLossMixin(PumaTrainerMixin):
                 inputs["image_features"] = outputs.image_features
         return features
 
-    def _averaged_parts(self, training: bool) -> dict[str, float]:
-        """Parts of the loss over all processes since the last call; none where nothing was supervised."""
-        parts = self.accelerator.reduce(self._parts[training].to(self.args.device), reduction="sum")
-        self._parts[training].zero_()
-        sums, weights = parts.chunk(2)
-        if not weights.any():
-            return {}
-        text_loss, image_loss, *errors = (sums / weights.clamp(min=1)).tolist()
-        scales = enumerate(zip(errors, weights[2:].tolist(), strict=True))
-        logs = {"text_loss": text_loss, "image_loss": image_loss}
-        return logs | {f"mse_scale_{scale}": error for scale, (error, count) in scales if count}
-
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        if "loss" in logs and self._parts[True].any():
-            logs |= self._averaged_parts(training=True)
+        if "loss" in logs and not self._train_parts.is_empty:
+            logs |= self._train_parts.averaged(self.accelerator)
+            self._train_parts.clear()
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -229,9 +217,8 @@ class ModelLossMixin(PumaTrainerMixin):
         repeated = row >= own
         inputs = {**inputs, "labels": labels.masked_fill(repeated, -100)}
         if "image_loss_mask" in inputs:
-            positions = ImagePositions.find(inputs["input_ids"], image_token_id)
-            is_start = positions.mask & (positions.offset == 0)
-            inputs["image_loss_mask"] = inputs["image_loss_mask"] & ~repeated[is_start]
+            starts = ImagePositions.find(inputs["input_ids"], image_token_id).starts
+            inputs["image_loss_mask"] = inputs["image_loss_mask"] & ~repeated[starts]
         return inputs
 
     def evaluation_loop(
@@ -239,9 +226,9 @@ class ModelLossMixin(PumaTrainerMixin):
     ):
         if not self._is_backbone_checked:
             self._check_backbone()
-        self._parts[False].zero_()  # of an evaluation that failed part way
+        self._eval_parts.clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        parts = self._averaged_parts(training=False)
+        parts = self._eval_parts.averaged(self.accelerator)
         config = self.accelerator.unwrap_model(self.model).config
         if parts:
             parts["loss"] = (
@@ -249,58 +236,6 @@ class ModelLossMixin(PumaTrainerMixin):
             )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in parts.items()})
         return output
-
-
-@torch.no_grad()
-def _require_separate_rows(language_model: PreTrainedModel) -> None:
-    """Raises `ValueError` if rows that are packed into one sequence would see each other.
-
-    Seen from what it computes: some architectures (OPT, BLOOM) make their mask without a look at the position ids.
-    """
-    # Two sequences of two rows, of which the second is the same.
-    sequences = torch.tensor([[3, 2, 1, 0], [4, 5, 1, 0]], device=language_model.device)
-
-    def difference(position_ids: list[int]) -> torch.Tensor:
-        """Between the states of the second rows."""
-        positions = torch.tensor([position_ids], device=language_model.device)
-        states = [
-            language_model(input_ids=ids[None], position_ids=positions, use_cache=False).last_hidden_state[:, 2:]
-            for ids in sequences
-        ]
-        return (states[0] - states[1]).abs().max()
-
-    packed, joined = difference([0, 1, 0, 1]), difference([0, 1, 2, 3])
-    # Of packed rows it is rounding, and what the rows before do to these otherwise.
-    if packed > joined / 2:
-        raise ValueError(
-            f"packing=True does not work with this language model ({language_model.config.model_type}), in which "
-            "packed rows see each other: expected packing=False"
-        )
-
-
-@torch.no_grad()
-def _require_blocks(model: PumaModel) -> None:
-    """Raises `ValueError` if the language model cannot let tokens of one scale see each other.
-
-    Seen from what it computes: some architectures take no mask with blocks (OPT, BLOOM) or put their own over it
-    (GPT Neo).
-    """
-    kind = model.config.text_config.model_type
-    expected = "expected image_decoding='autoregressive' or 'prefilled'"
-    # Two sequences that differ in the last token of a block; of noise, for what a model has learnt of two tokens may
-    # be the same but for rounding.
-    blocks = torch.tensor([[-1, 0, 0, -1]], device=model.device).expand(2, -1)
-    learnt = model.get_input_embeddings()(torch.arange(4, device=model.device))
-    noise = torch.randn(learnt.shape, generator=torch.Generator().manual_seed(0)).to(learnt)
-    embeddings = (noise * learnt.std()).repeat(2, 1, 1)
-    embeddings[1, 2] *= -1
-    try:
-        states = model(inputs_embeds=embeddings, attention_blocks=blocks, use_cache=False).last_hidden_state[:, 1]
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{kind} has no room for image_decoding='next_scale' ({error}): {expected}") from error
-    tolerance = 8 * torch.finfo(states.dtype).eps * states.abs().max().item()
-    if torch.allclose(states[0], states[1], rtol=0, atol=tolerance):
-        raise ValueError(f"{kind} masks what image_decoding='next_scale' lets tokens of a scale see: {expected}")
 
 
 def _is_projection(name: str) -> bool:

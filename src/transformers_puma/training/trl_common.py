@@ -1,11 +1,11 @@
-"""What PUMA's trainers on top of TRL share: rows stay rows until PUMA's collator reads them."""
+"""What PUMA's trainers on top of TRL share: how they take data sets, arguments, a model and its processor."""
 
 import torch
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modeling_puma import PumaForConditionalGeneration
-from .mixins import PumaTrainerMixin
+from .language_model_trainer import PumaTrainerMixin
 
 
 class RowsMixin(PumaTrainerMixin):
