@@ -78,6 +78,8 @@ def test_what_remote_code_needs_is_flat():
                 assert node.level == 1 and node.module and "." not in node.module, (name, ast.unparse(node))
                 todo.append(f"{node.module}.py")
     assert "granularity.py" in seen
+    shipped = {path.name for path in (ROOT / "hub_configs/puma-emoji").glob("*.py")}
+    assert seen == shipped
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))

@@ -46,7 +46,7 @@ from emoji_words import (
 from torch.utils.data import Dataset
 
 from transformers_puma import flatten_scales, multigranular_features
-from transformers_puma.processing_puma import CHAT_TEMPLATE
+from transformers_puma.chat_puma import CHAT_TEMPLATE
 
 KINDS = ("draw", "describe", "ask", "edit", "condition", "copy", "name", "find", "check")
 PATCHWORKS = (1, 2, 4, 8)  # cells along a side of the grid of a picture that is to be copied

@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from measuring import SHOWN, Bench, averages, numbered, to_pixels
 from report_edits import in_turn
 
-from transformers_puma.processing_puma import BOX_MARK
+from transformers_puma.boxes_puma import BOX_MARK
 
 PART = "questions"
 MAX_NEW_TOKENS = 24

@@ -1,66 +1,33 @@
 """Text and pictures (and boxes) to the ids and pixels that PUMA reads, and back.
 
-`<image>` and `<box>` are markup in the texts that users write for `PumaProcessor.__call__`, and in the prompts and
-completions of training rows. Prompts and questions that come from elsewhere go through `prepare_generation` and
-`prepare_question`, where nothing is markup but the `<box>` of a question that comes with boxes; conversations of
-training rows are read in the same way (`encode_conversation`).
+What becomes a special token, and what stays the text that it is, depends on the entry:
+
+| entry of `PumaProcessor` | markup in its texts                     | who calls it                                   |
+|--------------------------|-----------------------------------------|------------------------------------------------|
+| `__call__`               | `<image>`, `<box>`, every special token | users; texts of `apply_chat_template`          |
+| `encode_marked`          | `<image>`, `<box>`                      | training: prompts and completions, plain texts |
+| `encode_conversation`    | `<box>` if boxes are given              | training: messages; `puma serve`               |
+| `prepare_question`       | `<box>` if boxes are given              | `PumaPipeline.ask`, `puma eval`, lmms-eval     |
+| `prepare_generation`     | nothing                                 | `PumaPipeline`, `puma eval`                    |
+| `encode_plain`           | nothing                                 | `encode_marked`, `prepare_generation`; scorers |
+
+Boxes are written and read by `boxes_puma.py`, conversations rendered and encoded by `chat_puma.py`.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, repeat
+from collections.abc import Iterable, Sequence
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import make_nested_list_of_images
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from .boxes_puma import BOX_MARK, IMAGE_TOKEN, MARKUP, Box, format_box, locate_boxes, location_token, parse_boxes
+from .chat_puma import CHAT_TEMPLATE, chat_marks, encode_plain, encode_rendered, render_chat, special_tokens
 from .image_processing_puma import PumaImageProcessor
 from .pictures import picture_size
 
-IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN = "[IMG]", "[/IMG]", "<image>"
-BOX_MARK = "<box>"
-# Private-use characters around text that must stay text while a chat template is rendered.
-SHIELD = "\ue000\ue001"
-SHIELDED = re.compile(f"{SHIELD[0]}(.*?){SHIELD[1]}", re.DOTALL)
-MARKUP = re.compile(f"({IMAGE_TOKEN}|{BOX_MARK})")
-
-# The report's system message, in Vicuna's format; `{% generation %}` marks what an assistant message supervises.
-CHAT_TEMPLATE = (
-    "{%- macro render(content) -%}"
-    "{%- if content is string -%}{{ content }}{%- else -%}"
-    "{%- for part in content -%}"
-    "{%- if part['type'] == 'image' -%}{{ '<image>' }}"
-    "{%- elif part['type'] == 'text' -%}{{ part['text'] }}"
-    "{%- else -%}{{- raise_exception('unknown type of content ' + part['type'] + ': expected text or image') -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{%- endmacro -%}"
-    "{{- bos_token -}}"
-    "{%- if messages[0]['role'] == 'system' -%}"
-    "{{- render(messages[0]['content']) -}}{%- set turns = messages[1:] -%}"
-    "{%- else -%}"
-    "{{- 'A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user\\'s questions.' -}}{%- set turns = messages -%}"
-    "{%- endif -%}"
-    "{%- for message in turns -%}"
-    "{%- if message['role'] == 'user' -%}{{- ' USER: ' + render(message['content']) -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- ' ASSISTANT:' -}}{%- generation -%}{{- ' ' + render(message['content']) + eos_token -}}{%- endgeneration -%}"
-    "{%- else -%}{{- raise_exception('unknown role ' + message['role'] + "
-    "': expected system (first), user or assistant') -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}"
-)
-
-Box = Sequence[float]
-
-
-def location_token(index: int) -> str:
-    return f"<loc_{index}>"
+IMAGE_START_TOKEN, IMAGE_END_TOKEN = "[IMG]", "[/IMG]"
 
 
 def add_puma_tokens(tokenizer: PreTrainedTokenizerBase, num_location_tokens: int = 224) -> int:
@@ -189,68 +156,24 @@ class PumaProcessor(ProcessorMixin):
             written.append("".join(pieces))
         return written
 
-    def locate_boxes(self, marks: list[str], boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[str]:
-        """Location tokens for each `<box>` of a text.
-
-        A box belongs to the nearest image before it, else to the text's first.
-
-        Args:
-            marks: `<image>` and `<box>`, in the order in which they stand in the text.
-            boxes: (x_min, y_min, x_max, y_max) in pixels, one for each `<box>`.
-            sizes: (width, height) of the picture, one for each `<image>`.
-
-        Raises:
-            ValueError: other numbers of boxes or sizes than of marks; boxes without an image.
-        """
-        if marks.count(BOX_MARK) != len(boxes):
-            raise ValueError(f"the text holds {marks.count(BOX_MARK)} {BOX_MARK} but {len(boxes)} boxes were given")
-        if not len(boxes):
-            return []
-        if IMAGE_TOKEN not in marks:
-            raise ValueError(f"the text has {len(boxes)} boxes but no {IMAGE_TOKEN} that they belong to")
-        if marks.count(IMAGE_TOKEN) != len(sizes):
-            raise ValueError(
-                f"the text holds {marks.count(IMAGE_TOKEN)} {IMAGE_TOKEN} but {len(sizes)} picture sizes were given"
-            )
-        images_before = [marks[: i + 1].count(IMAGE_TOKEN) for i, mark in enumerate(marks) if mark == BOX_MARK]
-        return [
-            self.format_box(box, sizes[max(count - 1, 0)]) for box, count in zip(boxes, images_before, strict=True)
-        ]
-
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return IMAGE_START_TOKEN + IMAGE_TOKEN * self.image_seq_length + IMAGE_END_TOKEN
 
     def format_box(self, box: Box, size: tuple[int, int]) -> str:
-        """Four location tokens for (x_min, y_min, x_max, y_max) in pixels of a picture of `size` (width, height).
-
-        Raises:
-            ValueError: a box without area, or wholly outside the picture.
-        """
-        width, height = size
-        if len(box) != 4:
-            raise ValueError(f"box {tuple(box)} must be four numbers, (x_min, y_min, x_max, y_max) in pixels")
-        x_min, y_min, x_max, y_max = box
-        if not (max(x_min, 0) < min(x_max, width) and max(y_min, 0) < min(y_max, height)):  # so of NaN too
-            raise ValueError(
-                f"box {tuple(box)} has no area within a picture of {width} x {height} (expected xyxy pixels)"
-            )
-        last = self.num_location_tokens - 1
-        fractions = (x_min / width, y_min / height, x_max / width, y_max / height)
-        return "".join(
-            location_token(min(max(int(fraction * self.num_location_tokens // 1), 0), last)) for fraction in fractions
-        )
+        """See `boxes_puma.format_box`."""
+        return format_box(box, size, self.num_location_tokens)
 
     def parse_boxes(self, text: str, size: tuple[int, int]) -> list[tuple[float, float, float, float]]:
         """Boxes in a text, in pixels of a picture of `size` (width, height): the centres of the quantised cells."""
-        width, height = size
-        four = re.compile(r"\s*".join([r"<loc_(\d+)>"] * 4))
-        cells = [[(int(index) + 0.5) / self.num_location_tokens for index in match] for match in four.findall(text)]
-        return [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in cells]
+        return parse_boxes(text, size, self.num_location_tokens)
+
+    def locate_boxes(self, marks: list[str], boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> list[str]:
+        """See `boxes_puma.locate_boxes`."""
+        return locate_boxes(marks, boxes, sizes, self.num_location_tokens)
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which nothing is a special token, without BOS or EOS."""
-        text.encode()  # a ValueError for what is no Unicode, of which tokenizers say only that its type is wrong
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return encode_plain(self.tokenizer, text)
 
     def encode_marked(self, text: str, locations: Iterable[str] = ()) -> list[int]:
         """As `encode_plain`, but `<image>` is a whole image (`[IMG]`, placeholders, `[/IMG]`) and each `<box>` the
@@ -264,6 +187,33 @@ class PumaProcessor(ProcessorMixin):
             elif piece:
                 ids += self.encode_plain(piece)
         return ids
+
+    def encode_conversation(
+        self,
+        messages: list[dict],
+        boxes: Sequence[Box] | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
+        num_given: int = 0,
+        add_generation_prompt: bool = False,
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation in the chat format, and for each whether it is part of an answer.
+
+        Nothing in the texts becomes a special token.
+
+        Args:
+            messages: as `apply_chat_template` takes them; pictures are `{"type": "image"}` parts.
+            boxes: what the `<box>` marks in the texts stand for; None: there are no marks. See `locate_boxes`.
+            sizes: (width, height) of the pictures.
+            num_given: so many messages at the start are given, whoever says them: they hold no answer.
+
+        Raises:
+            ValueError: boxes that do not match the marks; a chat template that does not mark answers with
+                `{% generation %}`.
+        """
+        locations = None if boxes is None else iter(self.locate_boxes(chat_marks(messages), boxes, sizes))
+        text, answers = render_chat(self.tokenizer, self.chat_template, messages, locations, add_generation_prompt)
+        num_shown = sum(message["role"] == "assistant" for message in messages[:num_given])
+        return encode_rendered(self.tokenizer, text, answers[num_shown:], {self.image_token_id: self.image_ids})
 
     @property
     def image_ids(self) -> list[int]:
@@ -327,88 +277,6 @@ class PumaProcessor(ProcessorMixin):
             rows.append(self.encode_conversation(messages, question_boxes, sizes, add_generation_prompt=True)[0])
         return self._pad_left(rows, images)
 
-    def encode_conversation(
-        self,
-        messages: list[dict],
-        boxes: Sequence[Box] | None = None,
-        sizes: Sequence[tuple[int, int]] = (),
-        num_given: int = 0,
-        add_generation_prompt: bool = False,
-    ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation in the chat format, and for each whether it is part of an answer.
-
-        Nothing in the texts becomes a special token.
-
-        Args:
-            messages: as `apply_chat_template` takes them; pictures are `{"type": "image"}` parts.
-            boxes: what the `<box>` marks in the texts stand for; None: there are no marks. See `locate_boxes`.
-            sizes: (width, height) of the pictures.
-            num_given: so many messages at the start are given, whoever says them: they hold no answer.
-
-        Raises:
-            ValueError: boxes that do not match the marks; a chat template that does not mark answers with
-                `{% generation %}`.
-        """
-        locations = None if boxes is None else iter(self.locate_boxes(_marks(messages), boxes, sizes))
-        chat = [{**message, "content": self._shield_content(message["content"], locations)} for message in messages]
-        [text], [spans] = render_jinja_template(
-            [chat],
-            chat_template=self.chat_template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-        )
-        roles = [message["role"] for message in messages]
-        if len(spans) != roles.count("assistant"):
-            raise ValueError(
-                f"the chat template marks {len(spans)} answers with {{% generation %}}, but the conversation holds "
-                f"{roles.count('assistant')} assistant messages"
-            )
-        return self._encode_shielded(text, spans[roles[:num_given].count("assistant") :])
-
-    def _shield_content(self, content: str | list[dict], locations: Iterator[str] | None) -> str | list[dict]:
-        """Texts of a message with `_shield`, and the next of `locations`, if any, in place of each `<box>`."""
-        if not isinstance(content, str):
-            parts = []
-            for is_text, group in groupby(content, lambda part: part["type"] == "text"):
-                group = list(group)
-                if is_text:  # neighbours as one: together they could become what neither is
-                    text = self._shield_content("".join(part["text"] for part in group), locations)
-                    group = [{"type": "text", "text": text}]
-                parts += group
-            return parts
-        shielded = self._shield(content)
-        return shielded if locations is None else re.sub(BOX_MARK, lambda _: next(locations), shielded)
-
-    def _shield(self, text: str) -> str:
-        """Wraps what would become a special token, for `_encode_shielded`."""
-        text.encode()  # raises what `encode_plain` does
-        tokens = [*self._special_tokens().values(), SHIELD[0]]
-        special = "|".join(re.escape(token) for token in tokens if token in text)
-        return re.sub(special, lambda match: f"{SHIELD[0]}{match[0]}{SHIELD[1]}", text) if special else text
-
-    def _encode_shielded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        """Ids of a rendered chat in which shielded pieces are plain text and `<image>` is a whole image; for each
-        whether it begins in one of the `spans` of characters."""
-        ids, inside, position = [], [], 0
-        for i, piece in enumerate(SHIELDED.split(text)):
-            if i % 2:
-                tokens, starts = self.encode_plain(piece), repeat(0)
-            else:
-                encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-                tokens, starts = encoded["input_ids"], (start for start, _ in encoded["offset_mapping"])
-            for token, start in zip(tokens, starts, strict=False):
-                expanded = self.image_ids if token == self.image_token_id else [token]
-                ids += expanded
-                inside += [any(first <= position + start < end for first, end in spans)] * len(expanded)
-            position += len(piece) + (len(SHIELD) if i % 2 else 0)
-        return ids, inside
-
-    def _special_tokens(self) -> dict[int, str]:
-        """All special tokens by their ids: also those that only the tokenizer's file marks as such, as Llama 3 has its
-        ends of turns, which `all_special_tokens` leaves out."""
-        return {i: token.content for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-
     def decode_answers(self, sequences: torch.LongTensor, prompt_length: int) -> list[str]:
         """Texts that `generate` wrote after prompts of `prompt_length`."""
         return [text.strip() for text in self.post_process_image_text_to_text(sequences[:, prompt_length:])]
@@ -419,19 +287,9 @@ class PumaProcessor(ProcessorMixin):
         is_one = bool(rows) and isinstance(rows[0], int)
         rows = [rows] if is_one else rows
         locations = {self.tokenizer.convert_tokens_to_ids(location_token(i)) for i in range(self.num_location_tokens)}
-        dropped = self._special_tokens().keys() - locations if skip_special_tokens else ()
+        dropped = special_tokens(self.tokenizer).keys() - locations if skip_special_tokens else ()
         texts = [self.tokenizer.decode([i for i in row if i not in dropped], **kwargs) for row in rows]
         return texts[0] if is_one else texts
-
-
-def _marks(messages: list[dict]) -> list[str]:
-    """`<image>` and `<box>` marks of a conversation, in their order."""
-    marks = []
-    for message in messages:
-        content = message["content"]
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            marks += re.findall(BOX_MARK, part["text"]) if part["type"] == "text" else [IMAGE_TOKEN]
-    return marks
 
 
 def _check_batch(texts: list[str], others: Sequence, name: str, other_name: str = "images"):

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from transformers import AddedToken
 
-from transformers_puma import PumaImageProcessor, PumaProcessor, add_puma_tokens
+from transformers_puma import PumaProcessor, add_puma_tokens
 from transformers_puma.training import PumaDataCollator
 
 from .conftest import IMAGE_LENGTH, make_picture, make_processor
@@ -75,14 +74,6 @@ def test_a_box_belongs_to_the_image_before_it(processor):
     assert "a <loc_0><loc_0><loc_112><loc_112>" in decoded and "b <loc_0><loc_0><loc_11><loc_11>" in decoded
 
 
-@pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 0, 5, 9), (50, 0, 60, 9), (0, 0, float("nan"), 9)])
-def test_a_box_without_area_in_the_picture(processor, picture, box):
-    with pytest.raises(ValueError, match="no area"):
-        processor(text="<image><box>", images=picture, boxes=[box])
-    with pytest.raises(ValueError, match="must be four numbers"):
-        processor(text="<image><box>", images=picture, boxes=[box[:3]])
-
-
 def test_boxes_that_do_not_match_the_marks(processor, picture):
     with pytest.raises(ValueError, match="2 <box> but 1 boxes"):
         processor(text="<image><box><box>", images=picture, boxes=[(0, 0, 5, 5)])
@@ -126,19 +117,6 @@ def test_without_special_text_a_question_is_tokenised_as_the_chat_template_is(pr
     rendered = processor.apply_chat_template(chat, add_generation_prompt=True)
     assert torch.equal(processor(text=rendered, images=[picture], return_tensors="pt")["input_ids"], ours["input_ids"])
     assert torch.equal(stock["pixel_values"], ours["pixel_values"])
-
-
-def test_chat_takes_a_system_message_and_refuses_unknown_roles(processor):
-    chat = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": [{"type": "text", "text": "yo"}, {"type": "image"}]},
-    ]
-    assert processor.apply_chat_template(chat) == "<s>Be brief. USER: hi ASSISTANT: yo<image></s>"
-    with pytest.raises(Exception, match="unknown role tool"):
-        processor.apply_chat_template([{"role": "tool", "content": "x"}])
-    with pytest.raises(Exception, match="unknown type of content video"):
-        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}])
 
 
 def test_answers_keep_location_tokens(processor):
@@ -222,31 +200,6 @@ def test_boxes_in_questions(processor, picture):
         processor.prepare_question(["a"], [[picture]], [[(0, 0, 1, 1)]])
 
 
-def test_a_template_that_does_not_mark_answers(processor):
-    silent = PumaProcessor(
-        processor.image_processor, processor.tokenizer, IMAGE_LENGTH, chat_template="{{ messages[0]['content'] }}"
-    )
-    with pytest.raises(ValueError, match="marks 0 answers .* holds 1 assistant"):
-        silent.encode_conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-
-
-def test_special_tokens_of_the_language_model_stay_special_and_text_stays_text(tmp_path):
-    """Ends of turns: named by the tokenizer (ChatML), or marked in its file alone (Llama 3)."""
-    tokenizer = make_processor().tokenizer
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]}, replace_extra_special_tokens=False)
-    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)], special_tokens=True)
-    assert add_puma_tokens(tokenizer) == 0
-    processor = PumaProcessor(PumaImageProcessor(size={"height": 16, "width": 16}), tokenizer, IMAGE_LENGTH)
-    processor.save_pretrained(tmp_path)
-    for each in (processor, PumaProcessor.from_pretrained(tmp_path)):
-        ends = each.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot_id|>"])
-        hello = each.encode_plain("hello")
-        assert each.decode_answers(torch.tensor([[*hello, *ends]]), prompt_length=0) == ["hello"]
-        ids = each.prepare_question(["a <|eot_id|> b <|im_end|>"], [[]])["input_ids"][0].tolist()
-        assert not set(ends) & set(ids)
-        assert "a <|eot_id|> b <|im_end|>" in each.tokenizer.decode(ids)
-
-
 def test_a_picture_may_be_a_path(processor, picture, tmp_path):
     picture.save(tmp_path / "picture.png")
     text, boxes = "<image>a <box>", [(1, 1, 20, 20)]
@@ -278,26 +231,7 @@ def test_a_file_or_a_url_is_read_as_the_picture_in_it_is(processor, mode, colour
     assert all(np.array_equal(pixels, read[0]) for pixels in read[1:])
 
 
-@pytest.mark.parametrize("pieces", [("<im", "age>"), ("</", "s>"), ("[IM", "G", "]")])
-def test_neighbouring_texts_do_not_become_special_tokens_together(processor, pieces):
-    def encode(parts: list[str]) -> list[int]:
-        content = [{"type": "image"}, *({"type": "text", "text": part} for part in parts)]
-        return processor.encode_conversation([{"role": "user", "content": content}])[0]
-
-    assert encode(pieces) == encode(["".join(pieces)])
-    assert encode(pieces).count(processor.image_token_id) == IMAGE_LENGTH
-
-
 def test_without_location_tokens(picture):
     processor = make_processor(num_location_tokens=0)
     assert "<loc_0>" not in processor.tokenizer.get_vocab()
     assert len(processor(images=picture, text="<image>")["input_ids"][0]) == IMAGE_LENGTH + 3
-
-
-def test_a_coordinate_is_rounded_down(processor, picture):
-    """40 x 30 pixels: 17.36, 58.99, 100.24 and 166.51 of 224 cells."""
-    ids = processor(text="<image><box>", images=picture, boxes=[(3.1, 7.9, 17.9, 22.3)])["input_ids"][0]
-    decoded = processor.tokenizer.decode(ids)
-    assert decoded.endswith("<loc_17><loc_58><loc_100><loc_166>")
-    found = processor.parse_boxes(decoded, picture.size)[0]
-    assert found == pytest.approx((17.5 / 224 * 40, 58.5 / 224 * 30, 100.5 / 224 * 40, 166.5 / 224 * 30))

@@ -8,8 +8,9 @@ from jinja2 import UndefinedError
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
+from ..boxes_puma import IMAGE_TOKEN, MARKUP
 from ..pictures import picture_size
-from ..processing_puma import IMAGE_TOKEN, MARKUP, PumaProcessor
+from ..processing_puma import PumaProcessor
 
 Row = dict[str, Any]
 

@@ -5,8 +5,9 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..boxes_puma import IMAGE_TOKEN, location_token
 from ..modeling_puma import PumaForConditionalGeneration
-from ..processing_puma import IMAGE_END_TOKEN, IMAGE_START_TOKEN, IMAGE_TOKEN, PumaProcessor, location_token
+from ..processing_puma import IMAGE_END_TOKEN, IMAGE_START_TOKEN, PumaProcessor
 
 # For `llm_int8_skip_modules` of a `BitsAndBytesConfig` (QLoRA): encoder, projector and heads stay as they are. They
 # are small, and the encoder's features are the targets. Patterns hold from the start of a name, hence the dots.

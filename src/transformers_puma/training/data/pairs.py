@@ -22,7 +22,7 @@ from typing import Any
 
 from datasets import IterableDataset, load_dataset
 
-from ...processing_puma import BOX_MARK, IMAGE_TOKEN
+from ...boxes_puma import BOX_MARK, IMAGE_TOKEN
 from .readers import Reader, line_place, tar_place
 from .samples import BrokenSampleError, Sample, field, image_file, make_sample, stored_image, text_field
 from .streams import (

@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...processing_puma import IMAGE_TOKEN
+from ...boxes_puma import IMAGE_TOKEN
 from .conditions import INSTRUCTIONS, TASKS, compute_condition
 from .samples import Sample, SampleCounter, open_image, sample_rng
 from .transforms import WHOLE, apply_crop, center_crop, ground_caption, random_crop

@@ -15,8 +15,8 @@ from typing import Any
 from datasets import Features, List, Value
 from PIL import Image
 
+from ...boxes_puma import MARKUP
 from ...pictures import as_rgb
-from ...processing_puma import MARKUP
 
 logger = logging.getLogger(__name__)
 

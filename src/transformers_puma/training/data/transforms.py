@@ -5,7 +5,7 @@ import random
 
 from PIL import Image
 
-from ...processing_puma import BOX_MARK
+from ...boxes_puma import BOX_MARK
 
 Crop = tuple[float, float, float, float]
 WHOLE: Crop = (0.0, 0.0, 1.0, 1.0)
