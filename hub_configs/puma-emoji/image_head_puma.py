@@ -28,8 +28,8 @@ class PumaFlowHead(nn.Module):
 
     Rectified flow (Liu et al., arXiv 2209.03003) in the place of a token's regression, as the diffusion of Li et al.,
     arXiv 2406.11838. x_t = (1 - t) noise + t feature, and the network predicts the velocity feature - noise. It works
-    on features standardised with `mean` and `std` (num_scales, C), which training sets once
-    (`standardize_feature_heads`).
+    on features standardised with `mean` and `std` (num_scales, C), which training sets once, to the same row for all
+    scales (`standardize_feature_heads`).
 
     Args:
         hidden_size: H.

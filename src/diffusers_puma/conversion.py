@@ -21,6 +21,7 @@ from transformers import CLIPVisionModel
 
 from puma_files import read_json, read_safetensors_header, shard_files, unreadable
 from transformers_puma.assembly import load_encoder, require_encoder
+from transformers_puma.granularity import encoder_tokens_per_scale
 
 from .folders import new_folder
 from .pipeline_puma import PumaPipeline
@@ -210,9 +211,9 @@ def load_weights(folder: Path, decoder: PumaUNet2DConditionModel, weights: dict[
 
 def _read_image_encoder(folder: Path) -> CLIPVisionModel:
     encoder = load_encoder(str(folder))[0].float()
-    grid_size = encoder.config.image_size // encoder.config.patch_size
-    if grid_size**2 != TOKEN_COUNTS[0]:
-        raise ValueError(f"{folder} makes {grid_size**2} tokens of an image, the decoders need {TOKEN_COUNTS[0]}")
+    num_tokens = encoder_tokens_per_scale(encoder.config)[0]
+    if num_tokens != TOKEN_COUNTS[0]:
+        raise ValueError(f"{folder} makes {num_tokens} tokens of an image, the decoders need {TOKEN_COUNTS[0]}")
     return encoder
 
 

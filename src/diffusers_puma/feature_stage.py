@@ -13,9 +13,8 @@ from transformers_puma import (
     PumaForConditionalGeneration,
     PumaImageProcessor,
     multigranular_features,
-    tokens_per_scale,
 )
-from transformers_puma.granularity import num_scales_of_grid
+from transformers_puma.granularity import encoder_tokens_per_scale
 from transformers_puma.image_decoding_puma import decoding_passes
 
 from .loading import bring_in
@@ -107,5 +106,4 @@ class FeatureStageMixin:
         """Token counts of the encoder's scales; a bare encoder has as many scales as its grid can be halved for."""
         if self.mllm is not None:
             return self.mllm.config.tokens_per_scale
-        grid_size = self._vision_config.image_size // self._vision_config.patch_size
-        return tokens_per_scale(grid_size, num_scales_of_grid(grid_size))
+        return encoder_tokens_per_scale(self._vision_config)

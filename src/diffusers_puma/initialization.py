@@ -20,7 +20,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from puma_files import read_json
-from transformers_puma import PumaForConditionalGeneration, PumaImageProcessor, PumaProcessor, tokens_per_scale
+from transformers_puma import PumaForConditionalGeneration, PumaImageProcessor, PumaProcessor
 from transformers_puma.assembly import (
     assemble_puma,
     load_encoder,
@@ -28,7 +28,7 @@ from transformers_puma.assembly import (
     require_encoder,
     require_language_model,
 )
-from transformers_puma.granularity import num_scales_of_grid
+from transformers_puma.granularity import encoder_tokens_per_scale
 
 from .conversion import (
     DECODERS,
@@ -226,9 +226,7 @@ def _download(name: str) -> Path:
 
 def _require_fit(source: _DecoderSource, encoder: CLIPVisionModel) -> None:
     """Raises `ValueError`, before anything is written, if decoders take other features than the encoder gives."""
-    config = encoder.config
-    grid_size = config.image_size // config.patch_size
-    gives = [(count, config.hidden_size) for count in tokens_per_scale(grid_size, num_scales_of_grid(grid_size))]
+    gives = [(count, encoder.config.hidden_size) for count in encoder_tokens_per_scale(encoder.config)]
     takes: dict[int, tuple[int, int]] = {}
     if source.kind == RELEASE:
         channels = CLIPVisionConfig.from_pretrained(source.folder / IMAGE_ENCODER).hidden_size

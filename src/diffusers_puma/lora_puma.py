@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 
+from transformers_puma.granularity import MAX_SCALES
+
 from .loading import fetch_lora_state_dict
-from .pipeline_inputs import NUM_SCALES, is_scale
+from .pipeline_inputs import is_scale
 
 
 def has_lora_layers(module: torch.nn.Module) -> bool:
@@ -20,7 +22,7 @@ class PumaLoraLoaderMixin(LoraBaseMixin):
     `set_adapters`, `unload_lora_weights` and the rest are diffusers' own.
     """
 
-    _lora_loadable_modules = [f"unet_{scale}" for scale in range(NUM_SCALES)]
+    _lora_loadable_modules = [f"unet_{scale}" for scale in range(MAX_SCALES)]
 
     def load_lora_weights(
         self,
@@ -47,10 +49,10 @@ class PumaLoraLoaderMixin(LoraBaseMixin):
             ValueError: no scale, no weights for it in the file, or no decoder of that scale in this pipeline.
         """
         if scale is not None and not is_scale(scale):
-            raise ValueError(f"scale must be 0..{NUM_SCALES - 1}, or None for all in the file, got {scale!r}")
+            raise ValueError(f"scale must be 0..{MAX_SCALES - 1}, or None for all in the file, got {scale!r}")
         state_dict, metadata = fetch_lora_state_dict(path_or_dict, **hub_kwargs)
         prefixes = {key.split(".")[0] for key in state_dict}
-        held = [number for number in range(NUM_SCALES) if f"unet_{number}" in prefixes]
+        held = [number for number in range(MAX_SCALES) if f"unet_{number}" in prefixes]
         wanted = held if scale is None else [scale]
         if not held or not set(wanted) <= set(held):
             asked = f"unet_{scale}." if scale is not None else "unet_<scale>."

@@ -10,7 +10,8 @@ import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from PIL import Image
 
-NUM_SCALES = 5  # unet_0 .. unet_4
+from transformers_puma.granularity import MAX_SCALES
+
 # Which decoder does which part of the denoising: (until, scale) in turn, `until` a fraction of the steps.
 Schedule = list[tuple[float, int]]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -66,7 +67,7 @@ def _as_pil(picture: Any) -> Image.Image:
 
 
 def is_scale(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < NUM_SCALES
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < MAX_SCALES
 
 
 def as_scales(scale: Any, decoders: list[int], available: list[int], default: int) -> list[int]:
@@ -94,7 +95,7 @@ def as_scales(scale: Any, decoders: list[int], available: list[int], default: in
         raise ValueError("scale is an empty list")
     for item in scales:
         if not is_scale(item):
-            raise ValueError(f"scale must be 0..{NUM_SCALES - 1}, a list of these, 'all' or 'best', got {item!r}")
+            raise ValueError(f"scale must be 0..{MAX_SCALES - 1}, a list of these, 'all' or 'best', got {item!r}")
         if item not in decoders:
             raise ValueError(f"scale {item} has no decoder here: unet_{item} is absent, there are scales {decoders}")
         if item not in available:

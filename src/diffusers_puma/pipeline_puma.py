@@ -18,13 +18,13 @@ from PIL import Image
 from transformers import CLIPVisionModel
 
 from transformers_puma import PumaForConditionalGeneration, PumaProcessor
+from transformers_puma.granularity import MAX_SCALES
 
 from .decoder_stage import DecoderStageMixin, Generators, StepCallback
 from .feature_stage import Features, FeatureStageMixin
 from .loading import bring_in, restore_generation_config, superseded_weights, write_language_model_root
 from .lora_puma import PumaLoraLoaderMixin, has_lora_layers
 from .pipeline_inputs import (
-    NUM_SCALES,
     Schedule,
     as_image_groups,
     as_prompts,
@@ -67,7 +67,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
     """
 
     model_cpu_offload_seq = "mllm->image_encoder->unet_4->unet_3->unet_2->unet_1->unet_0->vae"
-    _optional_components = ["mllm", "processor", "image_encoder", *(f"unet_{scale}" for scale in range(NUM_SCALES))]
+    _optional_components = ["mllm", "processor", "image_encoder", *(f"unet_{scale}" for scale in range(MAX_SCALES))]
 
     def __init__(
         self,
@@ -126,9 +126,9 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         """
         if scales is not None:
             index = cls.load_config(pretrained_model_name_or_path, **kwargs)
-            present = [s for s in range(NUM_SCALES) if f"unet_{s}" in kwargs or index.get(f"unet_{s}", [None])[0]]
+            present = [s for s in range(MAX_SCALES) if f"unet_{s}" in kwargs or index.get(f"unet_{s}", [None])[0]]
             wanted = as_scales(scales, present, present, IMAGE_SCALE) if scales != [] else []
-            kwargs = {f"unet_{s}": None for s in range(NUM_SCALES) if s not in wanted} | kwargs
+            kwargs = {f"unet_{s}": None for s in range(MAX_SCALES) if s not in wanted} | kwargs
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -188,7 +188,7 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
     @property
     def scales(self) -> list[int]:
         """Scales whose decoder is there, finest first."""
-        return [scale for scale in range(NUM_SCALES) if self._unet(scale) is not None]
+        return [scale for scale in range(MAX_SCALES) if self._unet(scale) is not None]
 
     @torch.no_grad()
     def __call__(
@@ -294,9 +294,12 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
         self.maybe_free_model_hooks()
 
         if scale == "best":
-            pictures = self._postprocess(self._rank_first(list(results.values()), prompts, scorer), output_type)
+            best = self._rank_first(list(results.values()), prompts, scorer)
+            pictures = self.image_processor.postprocess(best, output_type)
         else:
-            pictures = {number: self._postprocess(result, output_type) for number, result in results.items()}
+            pictures = {
+                number: self.image_processor.postprocess(result, output_type) for number, result in results.items()
+            }
             if scale is None or is_scale(scale) or is_schedule(scale):
                 pictures = pictures[schedules[0][0][1]]
         if not return_dict:
@@ -367,9 +370,6 @@ class PumaPipeline(DiffusionPipeline, FeatureStageMixin, DecoderStageMixin, Puma
             yield schedule
             if self.interrupt:
                 break
-
-    def _postprocess(self, batch: torch.Tensor, output_type: str) -> Any:
-        return batch if output_type == "latent" else self.image_processor.postprocess(batch, output_type)
 
     def _rank_first(self, batches: list[torch.Tensor], prompts: list[str], scorer: Scorer) -> torch.Tensor:
         """Each scale's pictures (N, 3, height, width) -> for each prompt the one that ranks first (B, 3, ...)."""

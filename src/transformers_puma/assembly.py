@@ -30,7 +30,7 @@ from puma_files import read_safetensors_header, shard_files, unreadable
 
 from .backbone_checks import require_plain_decoder
 from .configuration_puma import PumaConfig
-from .granularity import num_scales_of_grid
+from .granularity import encoder_tokens_per_scale
 from .image_processing_puma import PumaImageProcessor
 from .modeling_puma import PumaForConditionalGeneration
 from .open_clip_vision import load_open_clip
@@ -142,12 +142,11 @@ def assemble_puma(
     # Some models have more rows than their tokenizer has tokens; those are not cut off.
     rows = max(len(tokenizer), language_model.get_input_embeddings().num_embeddings)
     language_model.resize_token_embeddings(rows, pad_to_multiple_of=VOCABULARY_MULTIPLE)
-    grid_size = vision.config.image_size // vision.config.patch_size
     processor = PumaProcessor(image_processor, tokenizer)
     config = PumaConfig(
         text_config=_as_part(language_model.config),
         vision_config=_as_part(vision.config),
-        num_scales=num_scales_of_grid(grid_size),
+        num_scales=len(encoder_tokens_per_scale(vision.config)),
         image_start_token_id=processor.image_start_token_id,
         image_end_token_id=processor.image_end_token_id,
         image_token_id=processor.image_token_id,

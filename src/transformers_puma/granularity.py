@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedConfig
 
 MAX_SCALES = 5  # the report's
 
@@ -29,6 +30,12 @@ def tokens_per_scale(grid_size: int, num_scales: int) -> list[int]:
             "grid divisible by 2 ** (num_scales - 1)"
         )
     return [(grid_size // 2**scale) ** 2 for scale in range(num_scales)]
+
+
+def encoder_tokens_per_scale(config: PreTrainedConfig) -> list[int]:
+    """Token counts of as many scales as the grid of an encoder with that config has."""
+    grid_size = config.image_size // config.patch_size
+    return tokens_per_scale(grid_size, num_scales_of_grid(grid_size))
 
 
 def multigranular_features(features: torch.Tensor, num_scales: int) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ def text_loss(
         num_items: supervised tokens of the global batch; by default n.
     """
     total = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum")
-    return total / _count(num_items, torch.tensor(len(targets), device=total.device))
+    return total / _count(num_items, len(targets), total.device)
 
 
 def image_loss(
@@ -39,7 +39,7 @@ def image_loss(
         num_items: supervised image tokens of the global batch; by default n.
     """
     weighted = scale_weights[scales] * squared_error(predicted, target)
-    return weighted.sum() / _count(num_items, torch.tensor(len(scales), device=weighted.device))
+    return weighted.sum() / _count(num_items, len(scales), weighted.device)
 
 
 def squared_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -47,8 +47,6 @@ def squared_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     return (predicted.float() - target.float()).square().mean(-1)
 
 
-def _count(num_items: torch.Tensor | int | None, counted: torch.Tensor) -> torch.Tensor:
+def _count(num_items: torch.Tensor | int | None, counted: int, device: torch.device) -> torch.Tensor:
     """The denominator; at least 1, so that a batch without supervised tokens of a kind gives an exact zero."""
-    if num_items is None:
-        return counted.clamp(min=1)
-    return torch.as_tensor(num_items, device=counted.device).clamp(min=1)
+    return torch.as_tensor(counted if num_items is None else num_items, device=device).clamp(min=1)

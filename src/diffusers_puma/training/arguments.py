@@ -17,9 +17,6 @@ class PumaDecoderTrainingArguments(StreamArguments, TrainingArguments):
     """
 
     learning_rate: float = field(default=8e-5, metadata={"help": "The initial learning rate."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: rows hold latents and features, not the UNet's arguments."}
-    )
     noise_offset: float = field(
         default=0.1, metadata={"help": "Share of noise that is constant over each channel of a picture."}
     )

@@ -16,11 +16,12 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import HubStrategy
 
 from transformers_puma import PumaImageProcessor
+from transformers_puma.granularity import MAX_SCALES
 from transformers_puma.training.arguments import adopt_arguments
 from transformers_puma.training.checkpoints import ResumableTrainerMixin
 
 from ..loading import fetch_lora_state_dict
-from ..pipeline_inputs import NUM_SCALES, is_scale
+from ..pipeline_inputs import is_scale
 from ..pipeline_puma import PumaPipeline
 from ..unet_puma import PumaUNet2DConditionModel
 from .arguments import PumaDecoderTrainingArguments
@@ -87,7 +88,7 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         if image_encoder is None and null_features is None:
             raise ValueError("null_features is needed where there is no image_encoder to encode the black image")
         if scale is not None and not is_scale(scale):
-            raise ValueError(f"scale must be 0..{NUM_SCALES - 1}, got {scale!r}")
+            raise ValueError(f"scale must be 0..{MAX_SCALES - 1}, got {scale!r}")
         self.picture_encoder, collator = None, collate_cached
         if image_encoder is not None:
             factor = 2 ** (len(vae.config.block_out_channels) - 1)

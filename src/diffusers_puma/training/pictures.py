@@ -15,6 +15,7 @@ from torchvision.transforms.functional import center_crop
 from transformers import CLIPVisionModel, default_data_collator
 
 from transformers_puma import PumaImageProcessor
+from transformers_puma.granularity import encoder_tokens_per_scale
 from transformers_puma.pictures import as_rgb
 
 Row = dict[str, Any]
@@ -111,7 +112,7 @@ class PictureEncoder:
     @property
     def num_tokens(self) -> int:
         """k_0"""
-        return (self.image_encoder.config.image_size // self.image_encoder.config.patch_size) ** 2
+        return encoder_tokens_per_scale(self.image_encoder.config)[0]
 
     @torch.no_grad()
     def latents(self, pictures: torch.Tensor) -> torch.Tensor:

@@ -32,11 +32,16 @@ def adopt_arguments(kind: type[Arguments], args: TrainingArguments | None) -> Ar
 @dataclass
 class StreamArguments:
     """Stands before the stock arguments, of transformers or TRL, among the bases of those of every trainer of PUMA:
-    each process reads its own share of a stream, and none reads for the others (`dispatch_batches` is off).
+    rows keep their columns, and each process reads its own share of a stream, none for the others (`dispatch_batches`
+    is off).
 
     Raises:
         ValueError: `dispatch_batches` is asked for.
     """
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Rows hold what the collator reads, not arguments of the model's forward."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,10 +52,10 @@ class StreamArguments:
 
 @dataclass
 class ProjectorArguments(StreamArguments):
-    """Arguments of every trainer of the language model.
+    """Arguments of every trainer of the language model: a learning rate for the projector and the image head.
 
     Raises:
-        ValueError: kernels that there are not for PUMA.
+        ValueError: `use_liger_kernel`, which has no kernels for PUMA.
     """
 
     projector_learning_rate: float | None = field(
@@ -58,9 +63,6 @@ class ProjectorArguments(StreamArguments):
         metadata={
             "help": "Learning rate of the projector and the image head (report: 1e-4 against 3e-5); None: the same."
         },
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Rows hold texts and pictures, not arguments of the model's forward."}
     )
 
     def __post_init__(self):
