@@ -36,11 +36,11 @@ def format_box(box: Box, size: tuple[int, int], num_locations: int) -> str:
 
 
 def parse_boxes(text: str, size: tuple[int, int], num_locations: int) -> list[tuple[float, float, float, float]]:
-    """Boxes in a text, in pixels of a picture of `size`: the centres of the quantised cells."""
+    """Boxes in a text, in pixels of a picture of `size`: the centres of the quantised cells, where there are such."""
     width, height = size
     four = re.compile(r"\s*".join([r"<loc_(\d+)>"] * 4))
     cells = [[(int(index) + 0.5) / num_locations for index in match] for match in four.findall(text)]
-    return [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in cells]
+    return [(x0 * width, y0 * height, x1 * width, y1 * height) for x0, y0, x1, y1 in cells if max(x0, y0, x1, y1) < 1]
 
 
 def locate_boxes(

@@ -33,8 +33,8 @@ def as_image_groups(image: PipelineImageInput | list) -> list[list[Image.Image]]
     """For each item of the batch the pictures that belong to it.
 
     `a` is one item, `[a, b]` two items of one picture, `[[a, b]]` one item of two pictures. A picture is a PIL image,
-    or as `output_type` "np" and "pt" give it an array (H, W, 3) or tensor (3, H, W) of floats in [0, 1], of which one
-    with a dimension more is a batch.
+    or as `output_type` "np" and "pt" give it an array (H, W, 3) or tensor (3, H, W) of floats in [0, 1] (or of
+    bytes), of which one with a dimension more is a batch.
 
     Raises:
         ValueError: anything that is not made of pictures.
@@ -54,14 +54,16 @@ def _as_pil(picture: Any) -> Image.Image:
     if not isinstance(picture, (np.ndarray, torch.Tensor)):
         kind = type(picture).__name__
         raise ValueError(f"image must be a PIL image, array or tensor, a list of them or of lists, got {kind}")
+    if picture.dtype in (np.uint8, torch.uint8):
+        picture = picture / 255
     array = picture.detach().float().cpu().numpy() if isinstance(picture, torch.Tensor) else picture
     if isinstance(picture, torch.Tensor) and array.ndim == 3:
         array = array.transpose(1, 2, 0)
     is_picture = array.ndim == 3 and array.shape[-1] in (1, 3) and np.issubdtype(array.dtype, np.floating)
     if not (is_picture and array.min() >= 0 and array.max() <= 1):  # so of NaN too
         raise ValueError(
-            f"an array (H, W, 3) or tensor (3, H, W) as image must hold floats in [0, 1], got {picture.dtype} of "
-            f"shape {tuple(picture.shape)}, {array.min()} to {array.max()}; Image.fromarray makes pictures of bytes"
+            f"an array (H, W, 3) or tensor (3, H, W) as image must hold floats in [0, 1] or bytes, got "
+            f"{picture.dtype} of shape {tuple(picture.shape)}, {array.min()} to {array.max()}"
         )
     return VaeImageProcessor.numpy_to_pil(array)[0]
 

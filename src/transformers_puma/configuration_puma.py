@@ -1,5 +1,7 @@
 """Configuration of PUMA: a decoder-only language model, a CLIP vision encoder, and the scales between them."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -80,11 +82,11 @@ class PumaConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
     num_scales: int = 5
-    scale_loss_weights: list[int | float] | None = None
+    scale_loss_weights: list[int | float] | tuple[int | float, ...] | None = None
     text_loss_weight: float | int = 0.02
     image_loss_weight: float | int = 1.0
     num_location_tokens: int = 224
-    input_scales: list[int] | None = None
+    input_scales: list[int] | tuple[int, ...] | None = None
     image_decoding: str = "autoregressive"
     image_head: str = "regression"
     flow_width: int | None = None
@@ -100,6 +102,8 @@ class PumaConfig(PreTrainedConfig):
         self.vision_config = _sub_config("vision_config", self.vision_config, CLIP_L14)
         if self.scale_loss_weights is None:
             self.scale_loss_weights = [1, 8, 64, 512, 1024][: self.num_scales]
+        self.scale_loss_weights = list(self.scale_loss_weights)
+        self.input_scales = None if self.input_scales is None else list(self.input_scales)
         # Saved with the text configuration by every backbone, read at the top level by the tying of weights.
         tied = getattr(self.text_config, "tie_word_embeddings", False)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(tied)
@@ -143,10 +147,10 @@ class PumaConfig(PreTrainedConfig):
         if self.num_location_tokens < 0:
             raise ValueError(f"num_location_tokens={self.num_location_tokens} must not be negative")
         weights = self.text_loss_weight, self.image_loss_weight, *self.scale_loss_weights
-        if min(weights) < 0:
+        if not all(0 <= weight < math.inf for weight in weights):
             raise ValueError(
                 f"text_loss_weight={weights[0]}, image_loss_weight={weights[1]} and scale_loss_weights="
-                f"{self.scale_loss_weights} must not be negative"
+                f"{self.scale_loss_weights} must be finite and must not be negative"
             )
         if self.vision_config.image_size % self.vision_config.patch_size:
             raise ValueError(
@@ -175,8 +179,8 @@ class PumaConfig(PreTrainedConfig):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
         unknown = [scale for scale in self.input_scales or [] if not 0 <= scale < self.num_scales]
-        if unknown or self.input_scales == []:
-            raise ValueError(f"input_scales={self.input_scales} must name scales 0..{self.num_scales - 1}")
+        if unknown or self.input_scales == [] or len(set(self.input_scales or [])) < len(self.input_scales or []):
+            raise ValueError(f"input_scales={self.input_scales} must name scales 0..{self.num_scales - 1}, each once")
         ids = {}
         for field in ("image_token_id", "image_start_token_id", "image_end_token_id"):
             token_id = getattr(self, field)

@@ -42,7 +42,7 @@ def multigranular_features(features: torch.Tensor, num_scales: int) -> list[torc
     """Average-pools a feature grid into `num_scales` granularities (report equation 1).
 
     Args:
-        features: (B, k_0, C) with k_0 a square number, row-major, or (B, H, W, C) with H = W.
+        features: (B, k_0, C) with k_0 a square number, row-major, or (B, H, W, C).
         num_scales: how many scales to return, the grid itself counted.
 
     Returns:
@@ -55,9 +55,10 @@ def multigranular_features(features: torch.Tensor, num_scales: int) -> list[torc
                 f"features of shape {tuple(features.shape)} are no square grid: {features.shape[1]} tokens"
             )
         features = features.unflatten(1, (side, side))
-    if features.dim() != 4 or features.shape[1] != features.shape[2]:
-        raise ValueError(f"features must be (B, k, C) or (B, H, H, C), got {tuple(features.shape)}")
-    tokens_per_scale(features.shape[1], num_scales)
+    if features.dim() != 4:
+        raise ValueError(f"features must be (B, k, C) or (B, H, W, C), got {tuple(features.shape)}")
+    for side in features.shape[1:3]:
+        tokens_per_scale(side, num_scales)  # refuses what cannot be halved
 
     grid = features.permute(0, 3, 1, 2)
     grids = [grid]

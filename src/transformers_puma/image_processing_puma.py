@@ -4,6 +4,7 @@ import base64
 import os
 from io import BytesIO
 
+import numpy as np
 from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers.image_utils import PILImageResampling
@@ -37,6 +38,19 @@ class PumaImageProcessor(CLIPImageProcessorPil):
             return super().fetch_images(source)
         with Image.open(source) as picture:
             return as_rgb(picture)
+
+    def rescale(self, image: np.ndarray, scale: float, **kwargs) -> np.ndarray:
+        """As in transformers, which would make floats in [0, 1] nearly black.
+
+        Raises:
+            ValueError: such an array.
+        """
+        if np.issubdtype(image.dtype, np.floating) and 0 < image.max() <= 1:
+            raise ValueError(
+                f"a picture of floats in [0, 1] (up to {image.max():.3f}) would be divided by 255 once more: expected "
+                "0 to 255, or do_rescale=False"
+            )
+        return super().rescale(image, scale, **kwargs)
 
     def convert_to_rgb(self, image, input_data_format=None):
         """Of a PIL picture what `as_rgb` gives: upright, for one."""

@@ -99,12 +99,13 @@ class TestDecoding:
         assert encoded[2:] == [(1, 3, 32, 32)], "the black picture is encoded once per pipeline"
 
     def test_arrays_and_tensors_are_pictures_too(self, decoder_pipeline, pictures):
-        """What `output_type` "np" and "pt" give can be given again."""
+        """What `output_type` "np" and "pt" give can be given again; bytes are read too."""
         pictures = [picture.resize((32, 32)) for picture in pictures]
         array = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures[:2]])
         tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
         expected = draw(decoder_pipeline, image=pictures[:2], seed=[0, 1], scale=2)
-        for image in (array, tensor, list(array), [[picture] for picture in tensor]):
+        as_bytes = (array * 255).round().astype(np.uint8)
+        for image in (array, tensor, list(array), [[picture] for picture in tensor], as_bytes):
             assert torch.equal(draw(decoder_pipeline, image=image, seed=[0, 1], scale=2), expected)
         one = draw(decoder_pipeline, image=tensor[0], scale=2)
         torch.testing.assert_close(one, expected[:1], atol=1e-5, rtol=0)

@@ -13,6 +13,10 @@ def test_a_coordinate_is_rounded_down():
     assert found == [pytest.approx((17.5 / 224 * 40, 58.5 / 224 * 30, 100.5 / 224 * 40, 166.5 / 224 * 30))]
 
 
+def test_what_is_no_location_token_of_the_model_is_no_box():
+    assert parse_boxes("<loc_0><loc_1><loc_224><loc_5> <loc_0><loc_1><loc_2>", SIZE, 224) == []
+
+
 @pytest.mark.parametrize("box", [(5, 5, 5, 9), (9, 0, 5, 9), (50, 0, 60, 9), (0, 0, float("nan"), 9)])
 def test_a_box_without_area_in_the_picture(box):
     with pytest.raises(ValueError, match="no area"):

@@ -21,6 +21,14 @@ def test_round_trip(processor, tmp_path):
     assert again.text_config.model_type == "llama" and again.input_scales == [2, 0]
 
 
+def test_tuples_are_lists_and_those_of_the_caller_stay_its_own(processor):
+    weights = [1, 8, 64]
+    config = make_config(processor, scale_loss_weights=weights, input_scales=(2, 0))
+    weights[0] = 9
+    assert config.scale_loss_weights == [1, 8, 64] and config.input_scales == [2, 0]
+    assert make_config(processor, scale_loss_weights=(1, 8, 64)).to_dict()["scale_loss_weights"] == [1, 8, 64]
+
+
 def test_overrides_and_edits_must_be_consistent_too(processor, tmp_path):
     config = make_config(processor)
     config.save_pretrained(tmp_path)
@@ -40,6 +48,9 @@ HYBRID = {**TEXT, "model_type": "lfm2", "layer_types": ["conv", "full_attention"
     [
         ("num_scales", {"num_scales": 4}),
         ("scale_loss_weights", {"scale_loss_weights": [1, 2]}),
+        ("scale_loss_weights", {"scale_loss_weights": [1, float("nan"), 2]}),
+        ("text_loss_weight", {"text_loss_weight": float("inf")}),
+        ("input_scales", {"input_scales": [1, 1]}),
         ("input_scales", {"input_scales": [3]}),
         ("input_scales", {"input_scales": []}),
         ("image_token_id", {"image_token_id": 512}),

@@ -26,10 +26,18 @@ def test_each_token_is_the_mean_of_its_four_children():
     torch.testing.assert_close(multigranular_features(grid.flatten(1, 2), 4)[2], scales[2])
 
 
-@pytest.mark.parametrize("shape", [(2, 15, 3), (2, 4, 8, 3), (16, 3)])
+@pytest.mark.parametrize("shape", [(2, 15, 3), (16, 3)])
 def test_what_is_no_square_grid(shape):
     with pytest.raises(ValueError, match="features"):
         multigranular_features(torch.zeros(shape), 2)
+
+
+def test_a_grid_may_be_wider_than_high():
+    grid = torch.randn(2, 4, 8, 3)
+    left, right = (multigranular_features(half, 3)[1].unflatten(1, (2, 2)) for half in grid.chunk(2, dim=2))
+    torch.testing.assert_close(multigranular_features(grid, 3)[1], torch.cat([left, right], dim=2).flatten(1, 2))
+    with pytest.raises(ValueError, match="num_scales=3 does not fit a 6 x 6 grid"):
+        multigranular_features(torch.zeros(2, 4, 6, 3), 3)
 
 
 def test_the_sequence_runs_from_coarse_to_fine_and_back():

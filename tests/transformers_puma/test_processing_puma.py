@@ -231,6 +231,18 @@ def test_a_file_or_a_url_is_read_as_the_picture_in_it_is(processor, mode, colour
     assert all(np.array_equal(pixels, read[0]) for pixels in read[1:])
 
 
+def test_floats_from_0_to_1_would_be_nearly_black(processor, picture):
+    floats = np.asarray(picture, dtype=np.float32)
+    expected = processor(images=picture, text="<image>", return_tensors="np")["pixel_values"]
+    given = processor(images=floats, text="<image>", return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(given, expected, atol=0.02)
+    with pytest.raises(ValueError, match=r"floats in \[0, 1\] .*do_rescale=False"):
+        processor(images=floats / 255, text="<image>")
+    for mode, value in (("F", 0.5), ("I", 40000)):
+        with pytest.raises(ValueError, match=f"mode {mode} must be from 0 to 255, got {value}"):
+            processor(images=Image.new(mode, (8, 8), value), text="<image>")
+
+
 def test_without_location_tokens(picture):
     processor = make_processor(num_location_tokens=0)
     assert "<loc_0>" not in processor.tokenizer.get_vocab()

@@ -42,8 +42,8 @@ class PumaDecoderTrainingArguments(StreamArguments, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: it would remove the rows' latents and features")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(f"neftune_noise_alpha={self.neftune_noise_alpha} is for texts: expected None")
         if self.noise_offset < 0:
             raise ValueError(f"noise_offset must be at least 0, got {self.noise_offset}")
         if self.resolution is not None and self.resolution < 1:

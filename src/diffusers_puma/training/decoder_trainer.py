@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from transformers_puma import PumaImageProcessor
 from transformers_puma.granularity import MAX_SCALES
@@ -226,11 +226,20 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
         finally:
             self.ema.restore(self.trained_parameters)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
         """The training objective under the averaged weights, with noise that is the same at every evaluation."""
         self._evaluated_batches = 0
+        self._evaluated = torch.zeros(2, device=self.args.device)  # sum of the rows' losses, and their number
         with self.averaged_weights():
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        loss, rows = self.accelerator.reduce(self._evaluated).tolist()
+        if rows:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / rows
+        return output
 
     def prediction_step(
         self,
@@ -241,9 +250,17 @@ class PumaDecoderTrainer(ResumableTrainerMixin):
     ) -> tuple[torch.Tensor, None, None]:
         turn = self._evaluated_batches * self.args.world_size + self.args.process_index
         self._evaluated_batches += 1
-        inputs = {**self._prepare_inputs(inputs), "first_place": turn * self.args.eval_batch_size}
+        inputs = self._prepare_inputs(inputs)
+        rows = len(next(iter(inputs.values())))
+        own = self._num_own_rows()
+        if own is not None and own < rows:
+            rows = max(own, 0)
+            # A process without a row of its own runs the model as the others do, for nothing.
+            inputs = {name: value[: max(rows, 1)] for name, value in inputs.items()}
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs), None, None
+            loss = self.compute_loss(model, {**inputs, "first_place": turn * self.args.eval_batch_size})
+        self._evaluated += torch.stack([loss.detach() * rows, loss.new_tensor(rows)]).float()
+        return loss, None, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:

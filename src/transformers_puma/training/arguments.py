@@ -36,7 +36,7 @@ class StreamArguments:
     is off).
 
     Raises:
-        ValueError: `dispatch_batches` is asked for.
+        ValueError: `remove_unused_columns`, or a setting of `accelerator_config` that cannot work.
     """
 
     remove_unused_columns: bool = field(
@@ -45,9 +45,16 @@ class StreamArguments:
 
     def __post_init__(self):
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches:
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: it would remove what rows hold")
+        sharing = self.accelerator_config
+        if sharing.dispatch_batches:
             raise ValueError("dispatch_batches=True slices batches row by row, but rows differ in their pictures")
-        self.accelerator_config.dispatch_batches = False
+        sharing.dispatch_batches = False
+        if sharing.split_batches:
+            raise ValueError("split_batches=True slices batches row by row: lower the batch size of a process instead")
+        if not sharing.even_batches:
+            raise ValueError("even_batches=False lets a process that has a batch more wait for the others for ever")
 
 
 @dataclass

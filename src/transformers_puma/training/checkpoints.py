@@ -28,6 +28,7 @@ if is_datasets_available():
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "checkpoint_manifest.json"
+EPOCH_STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 
 
 def write_manifest(checkpoint: str | Path) -> None:
@@ -94,7 +95,8 @@ class ResumableTrainerMixin(Trainer):
     - With `push_to_hub`, what is pushed at a checkpoint loads as it is, and the checkpoint is whole.
 
     Raises:
-        ValueError: one process sees several GPUs.
+        ValueError: one process sees several GPUs, the processes of a launcher are not joined, or something is to be
+            done at the end of the epochs of a stream.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -105,6 +107,15 @@ class ResumableTrainerMixin(Trainer):
                 "torch.nn.DataParallel: start one process for each with torchrun or accelerate launch, or set "
                 "CUDA_VISIBLE_DEVICES to one"
             )
+        num_started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+        if num_started != self.args.world_size:
+            raise ValueError(
+                f"{num_started} processes were started, but each would train alone: no accelerator joins "
+                "them; use_cpu=True joins them on the CPU"
+            )
+        by_epoch = [name for name in EPOCH_STRATEGIES if getattr(self.args, name) == "epoch"]
+        if by_epoch and is_datasets_available() and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError(f"{by_epoch[0]}='epoch', but a stream has no end here: expected 'steps' or 'no'")
         self._eval_stream: _WholeStream | None = None
 
     def get_train_dataloader(self) -> DataLoader:
@@ -130,9 +141,20 @@ class ResumableTrainerMixin(Trainer):
     def _whole_stream(self, data: Any) -> _WholeStream | None:
         """Of a stream each process reads its part of every global batch, the last filled up from the start: shares of
         different length would leave the others waiting. None for other data, and for one process."""
-        if self.args.world_size > 1 and is_datasets_available() and isinstance(data, IterableDataset):
+        if self.args.world_size > 1 and isinstance(data, torch.utils.data.IterableDataset):
             return _WholeStream(data)
         return None
+
+    def _num_own_rows(self) -> int | None:
+        """How many rows of this process's last batch of an evaluation don't only fill it up, which all processes have
+        in the order of the data; 0 or less for none. None for other batches."""
+        gradient_state = self.accelerator.gradient_state
+        if not gradient_state.end_of_dataloader:
+            return None
+        num_left = gradient_state.remainder
+        if self._eval_stream is not None:  # whose length is known at its end
+            num_left = self._eval_stream.num_rows % (self.args.eval_batch_size * self.args.world_size)
+        return num_left - self.args.process_index * self.args.eval_batch_size if num_left > 0 else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in `transformers.Trainer`, but True is no error where there is no checkpoint yet.

@@ -60,6 +60,11 @@ class PumaDataCollator:
     def __post_init__(self):
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length={self.max_length} must be at least 1, or None for no limit")
+        if self.tokens_per_scale is not None and sum(self.tokens_per_scale) != self.processor.image_seq_length:
+            raise ValueError(
+                f"the processor has {self.processor.image_seq_length} tokens for a picture, the model "
+                f"{sum(self.tokens_per_scale)}, tokens_per_scale={self.tokens_per_scale}: give the model's processor"
+            )
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         rows = [tidy_row(row) for row in rows]
@@ -126,6 +131,8 @@ class PumaDataCollator:
                 f"<image> in a text, {{'type': 'image'}} in the parts of a message: {_excerpt(row)}"
             )
 
+        if not any(supervised):
+            logger.warning_once(f"nothing is learnt of rows without answer or completion, such as {_excerpt(row)}")
         length = min(self.max_length or len(ids), self._end_at_scale(row, ids, starts) or len(ids))
         if any(supervised) and not any(supervised[:length]):
             logger.warning_once(
@@ -184,6 +191,8 @@ class PumaDataCollator:
         if "messages" in row:
             ids, answers = self.processor.encode_conversation(_place_pictures(row["messages"], row), boxes, sizes)
             return ids, answers if self.assistant_only_loss else [True] * len(ids)
+        if "text" in row and "completion" in row:
+            raise ValueError(f"a row is a 'text' or a 'prompt' and a 'completion', but this has both: {_excerpt(row)}")
         if "text" in row:
             return self._encode_pair("", row["text"], boxes or [], sizes)
         if not ("prompt" in row and "completion" in row):
@@ -258,6 +267,8 @@ def _check_pictures(row: Row) -> None:
     pictures = row.get("images", [])
     if isinstance(pictures, (str, bytes, dict)) or not hasattr(pictures, "__len__"):
         raise ValueError(f"'images' must be a list of pictures, got a {type(pictures).__name__}: {_excerpt(row)}")
+    if any(picture is None for picture in pictures):
+        raise ValueError(f"'images' holds None in place of a picture: {_excerpt(row)}")
     if any(isinstance(picture, dict) for picture in pictures):
         raise ValueError(
             "'images' holds a dict, which a column of datasets gives that does not decode: expected pictures, as of "

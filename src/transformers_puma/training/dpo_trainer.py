@@ -21,6 +21,7 @@ SUPPORTED = {
     "precompute_ref_log_probs": (False,),
     "precompute_ref_batch_size": (None,),
     "dataset_num_proc": (None,),
+    "label_smoothing_factor": (0.0,),  # that of preferences is `label_smoothing`
     "trust_remote_code": (False,),
     "router_aux_loss_coef": (None, 0.0),
 }

@@ -58,7 +58,8 @@ class ModelLossMixin(PumaTrainerMixin):
 
     Text and image losses are means over the supervised tokens of the global batch, counted separately, so gradient
     accumulation and data parallelism change nothing but rounding (and random draws, if there is `feature_noise` or a
-    flow head: the random state of a process is its own, and `transformers` seeds all alike).
+    flow head: the random state of a process is its own, and `transformers` seeds all alike). Only the last batch of an
+    epoch, where rows are too few for all processes, is filled up with rows from the start, as accelerate does.
 
     Logged, over steps with own features and without, beside `loss` are `text_loss` and `image_loss`, and
     `mse_scale_i`, the unweighted squared error over all supervised tokens of scale i since the last time. Evaluations
@@ -193,28 +194,19 @@ class ModelLossMixin(PumaTrainerMixin):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if prediction_loss_only:
             inputs = {**inputs, "skip_logits": True}
-        gradient_state = self.accelerator.gradient_state
-        if gradient_state.end_of_dataloader:
-            num_left = gradient_state.remainder
-            if self._eval_stream is not None:  # whose length is known at its end
-                num_left = self._eval_stream.num_rows % (self.args.eval_batch_size * self.args.world_size)
-            if num_left > 0:
-                inputs = self._without_repeated(inputs, num_left)
+        num_rows = self._num_own_rows()
+        if num_rows is not None:
+            inputs = self._without_repeated(inputs, num_rows)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def _without_repeated(self, inputs: dict, num_left: int) -> dict:
-        """The last batch of an evaluation without supervision of the rows that only fill it up.
-
-        Args:
-            num_left: rows of the data set in this batch of all processes, which have them in their order.
-        """
-        own = num_left - self.args.process_index * self.args.eval_batch_size
+    def _without_repeated(self, inputs: dict, num_rows: int) -> dict:
+        """The last batch of an evaluation without supervision of what follows its first `num_rows` rows."""
         image_token_id = self.accelerator.unwrap_model(self.model).config.image_token_id
         labels = inputs["labels"]
         row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
         if "position_ids" in inputs:  # packed: where they start anew a row begins
             row = (inputs["position_ids"] == 0).cumsum(1) - 1
-        repeated = row >= own
+        repeated = row >= num_rows
         inputs = {**inputs, "labels": labels.masked_fill(repeated, -100)}
         if "image_loss_mask" in inputs:
             starts = ImagePositions.find(inputs["input_ids"], image_token_id).starts

@@ -236,6 +236,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
         ({"noise_offset": -1.0}, "noise_offset must be at least 0, got -1.0"),
         ({"resolution": 0}, "resolution must be at least 1, got 0"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is for texts"),
         ({"schedule": {**EPSILON, "rescale_betas_zero_snr": True}}, "needs prediction_type 'v_prediction'"),
         ({"unet": "num_tokens=64"}, "features of 16 tokens cannot be pooled to 64"),
         ({"resolution": 64}, "resolution and image_processor are for rows of pictures"),

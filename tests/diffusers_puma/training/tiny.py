@@ -64,7 +64,7 @@ def trainer(
         PumaDecoderTrainingArguments(**arguments),
         noise_scheduler=DDPMScheduler(**schedule),
         train_dataset=train_dataset or rows(),
-        eval_dataset=rows(4) if train_dataset is None else train_dataset,
+        eval_dataset=rows(5) if train_dataset is None else train_dataset,
         callbacks=callbacks,
         **(components or {"null_features": torch.zeros(1, 16, CHANNELS)}),
     )

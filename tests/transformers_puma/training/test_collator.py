@@ -267,6 +267,13 @@ def test_preferences_are_pairs_of_answers(processor, picture):
         PumaPreferenceCollator(processor)([{"prompt": "a", "completion": "b"}])
 
 
+def test_rows_of_which_nothing_is_learnt(collator, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    collator([{"messages": [{"role": "user", "content": "an unanswered question"}]}])
+    assert "nothing is learnt of rows without answer or completion" in caplog.text
+    assert "an unanswered question" in caplog.text
+
+
 PICTURE, FEATURES = make_picture(0), torch.zeros(IMAGE_LENGTH, 32)
 
 
@@ -280,6 +287,8 @@ PICTURE, FEATURES = make_picture(0), torch.zeros(IMAGE_LENGTH, 32)
             "holds 0 images but 1 were given in 'images'; a picture's place is <image>",
         ),
         ([{"text": "<image>", "image": PICTURE, "images": [PICTURE]}], "one column, got 'image' among"),
+        ([{"prompt": "a", "completion": "b", "text": "c"}], "but this has both: .*'text': 'c'"),
+        ([{"prompt": "<image>", "completion": "a", "images": [None]}], "'images' holds None"),
         ([{}], "a stock Trainer drops these columns without remove_unused_columns=False"),
         ([{"caption": "a"}], "needs 'messages'"),
         ([{"prompt": "where is <box>?", "completion": "here"}], "holds 1 <box> but 0 boxes"),

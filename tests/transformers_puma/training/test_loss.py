@@ -1,5 +1,6 @@
 """The loss that trainers minimise, against a plain formula, and what must not change it."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +9,7 @@ from datasets import Dataset
 
 from transformers_puma.training import PumaDataCollator, PumaTrainer, PumaTrainingArguments
 
-from ..conftest import TEXT, make_model, make_picture
+from ..conftest import IMAGE_LENGTH, TEXT, make_model, make_picture
 
 ALPHA = {2: 64, 1: 8, 0: 1}
 
@@ -235,5 +236,34 @@ def test_what_has_no_part_in_the_loss(processor, tmp_path):
     arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         PumaTrainer(make_model(processor), arguments, processing_class=processor)
-    with pytest.raises(ValueError, match="dispatch_batches=True"):
-        PumaTrainingArguments(str(tmp_path), use_cpu=True, accelerator_config={"dispatch_batches": True})
+    for refused in ({"dispatch_batches": True}, {"split_batches": True}, {"even_batches": False}):
+        (name,) = refused
+        with pytest.raises(ValueError, match=f"{name}={refused[name]}"):
+            PumaTrainingArguments(str(tmp_path), use_cpu=True, accelerator_config=refused)
+    with pytest.raises(ValueError, match="remove_unused_columns must be False"):
+        PumaTrainingArguments(str(tmp_path), use_cpu=True, remove_unused_columns=True)
+
+
+def test_processes_that_would_train_alone(processor, tmp_path, monkeypatch):
+    arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started.*use_cpu=True"):
+        PumaTrainer(make_model(processor), arguments, processing_class=processor)
+
+
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_a_stream_has_no_epochs(processor, tmp_path, name):
+    stream = Dataset.from_list([{"text": "a cat"}]).to_iterable_dataset()
+    arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True, max_steps=1, **{name: "epoch"})
+    data = {"train_dataset": stream, "eval_dataset": [{"text": "a cat"}]}
+    with pytest.raises(ValueError, match=f"{name}='epoch', but a stream has no end here"):
+        PumaTrainer(make_model(processor), arguments, processing_class=processor, **data)
+
+
+def test_a_processor_of_another_model(processor, tmp_path):
+    arguments = PumaTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    other = copy.copy(processor)
+    other.image_seq_length = IMAGE_LENGTH - 1
+    with pytest.raises(ValueError, match=f"{IMAGE_LENGTH - 1} tokens for a picture, the model {IMAGE_LENGTH}"):
+        PumaTrainer(make_model(processor), arguments, processing_class=other)
