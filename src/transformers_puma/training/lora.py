@@ -28,8 +28,8 @@ def puma_lora_config(model: PumaForConditionalGeneration, token_ids: list[int], 
         token_ids: rows of the embedding and of the text head that are trained, from `puma_token_ids`; the adapter
             holds these rows only. An empty list keeps both as they are.
         options: of `LoraConfig` (`r`, `lora_alpha`, ..); `target_modules` (by default all linear layers of the
-            language model) and `modules_to_save` (by default projector, image head and, where the model has them,
-            image queries) win over what is set here.
+            language model), `exclude_modules` (by default the encoder) and `modules_to_save` (by default projector,
+            image head and, where the model has them, image queries) win over what is set here.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in (embedding, head)]
@@ -42,8 +42,10 @@ def puma_lora_config(model: PumaForConditionalGeneration, token_ids: list[int], 
     }
     settings = {
         "task_type": "CAUSAL_LM",
-        # The encoder's layers have names of the same kind: only those of the language model are meant.
+        # A pattern, not PEFT's "all-linear": that becomes a list of names, which adapters with a pattern, as this one
+        # always had, cannot be combined with (`add_weighted_adapter`).
         "target_modules": rf".*language_model\..*\.({'|'.join(sorted(linear))})",
+        "exclude_modules": r".*vision_tower\..*",  # has layers of the same names as some that options may name
         "modules_to_save": ["projector", "image_head", *queries],
         "trainable_token_indices": {name: token_ids for name in names} if token_ids else None,
     }

@@ -64,6 +64,20 @@ def test_all_linear_layers_of_the_language_model_are_adapted(processor, model_ty
     assert not any("lora" in name for name, _ in adapted.model.vision_tower.named_modules())
 
 
+@pytest.mark.parametrize("target_modules", [["q_proj"], "all-linear"])
+def test_the_encoder_is_adapted_only_if_asked_for(processor, target_modules):
+    model = make_model(processor)
+    options = {"r": 2, "target_modules": target_modules}
+    adapted = get_peft_model(model, puma_lora_config(model, [], **options)).get_base_model()
+    parts = (adapted.model.language_model, adapted.model.vision_tower)
+    assert [any("lora" in name for name, _ in part.named_modules()) for part in parts] == [True, False]
+    model = make_model(processor)
+    config = puma_lora_config(model, [], **options, exclude_modules=r".*language_model.*")
+    adapted = get_peft_model(model, config).get_base_model()
+    parts = (adapted.model.language_model, adapted.model.vision_tower)
+    assert [any("lora" in name for name, _ in part.named_modules()) for part in parts] == [False, True]
+
+
 @torch.no_grad()
 def outputs(model, processor, rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and losses of both heads."""
