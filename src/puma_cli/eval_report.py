@@ -1,4 +1,4 @@
-"""The report's own numbers, tables 1 to 6 (arXiv 2410.13861v2), as the evaluations here name their scores.
+"""The report's own numbers, tables 1 to 6 (arXiv 2410.13861v1), as the evaluations here name their scores.
 
 `REPORT[task]` is `{row: {metric: value}}` with the rows of PUMA itself: a scale ("0" finest .. "4"), "max" for the
 5-scale maximum, or a benchmark. `OTHERS[task]` are the models beside it, `{model: {column: value}}` with metrics as
