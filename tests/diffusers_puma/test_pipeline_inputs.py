@@ -28,7 +28,10 @@ class TestErrors:
             ({"image": "cat.png"}, "image must be a PIL image.*got str"),
             ({"image": [[]]}, "no picture"),
             ({"image": np.full((8, 8, 3), 2.0)}, r"\[0, 1\] or bytes, got float64 of shape \(8, 8, 3\), 2.0 to 2.0"),
-            ({"image": torch.full((3, 8, 8), -1.0)}, r"\[0, 1\] or bytes, got torch.float32 of shape \(3, 8, 8\), -1.0"),
+            (
+                {"image": torch.full((3, 8, 8), -1.0)},
+                r"\[0, 1\] or bytes, got torch.float32 of shape \(3, 8, 8\), -1.0",
+            ),
             ({"image": torch.zeros(8, 8)}, r"got torch.float32 of shape \(8, 8\)"),
             ({"prompt": "a", "image": [PICTURE, PICTURE]}, "1 prompts and 2 images"),
             ({"prompt": ["a", "b"], "image": PICTURE}, "2 prompts and 1 images"),
