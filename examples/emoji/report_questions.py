@@ -72,7 +72,7 @@ def most_frequent(rows: list[dict]) -> float:
 
 def run(bench: Bench, tasks: DatasetDict, per_type: int) -> dict:
     """`tasks`: of emoji_evaluation.py; `box` is None for a question without one."""
-    rows = concatenate_datasets([tasks["questions"], tasks["boxes"]]).shuffle(seed=0)  # of both splits, mixed
+    rows = concatenate_datasets([tasks["questions"], tasks["boxes"]]).shuffle(seed=0, keep_in_memory=True)
     samples = numbered([{"row": row} for row in in_turn(list(rows["question_type"]), per_type)])
     measured = bench.run(PART, samples, lambda batch: measure(bench, rows, batch))
     asked = rows.select([sample["row"] for sample in samples]).remove_columns("image").to_list()
