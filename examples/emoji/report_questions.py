@@ -72,6 +72,7 @@ def most_frequent(rows: list[dict]) -> float:
 
 def run(bench: Bench, tasks: DatasetDict, per_type: int) -> dict:
     """`tasks`: of emoji_evaluation.py; `box` is None for a question without one."""
+    # All questions about pairs come first; kept in memory, for a cache would be another file of the tasks.
     rows = concatenate_datasets([tasks["questions"], tasks["boxes"]]).shuffle(seed=0, keep_in_memory=True)
     samples = numbered([{"row": row} for row in in_turn(list(rows["question_type"]), per_type)])
     measured = bench.run(PART, samples, lambda batch: measure(bench, rows, batch))

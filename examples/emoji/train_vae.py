@@ -136,13 +136,6 @@ def measure(vae: AutoencoderKL, pictures: EmojiPictures) -> dict[str, float]:
     return {"psnr": torch.cat(everywhere).mean().item(), "psnr_not_white": torch.cat(drawn).mean().item()}
 
 
-def save(vae: AutoencoderKL, pictures: dict[str, EmojiPictures], folder: str) -> dict:
-    vae.save_pretrained(folder)
-    held_out = measure(vae, pictures["heldout_concept"])
-    std = 1 / vae.config.scaling_factor
-    return {"parameters": count_parameters(vae), "latent_std": std, "heldout_concept": held_out}
-
-
 def main(argv: list[str] | None = None) -> None:
     stage, training, options = parse_arguments("vae", PRESETS, argv, extra=VAEArguments)
     if Path(stage.out).exists():
@@ -153,12 +146,15 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(options.pretrained) if options.pretrained else build_vae()
     trainer = VAETrainer(model=VAETask(vae), args=training, pictures=pictures["train"])
 
-    def finish(folder: str) -> dict:
+    def save(folder: str) -> dict:
         if options.pretrained is None:
             vae.register_to_config(scaling_factor=1 / latent_std(vae, pictures["train"]))
-        return save(vae, pictures, folder)
+        vae.save_pretrained(folder)
+        held_out = measure(vae, pictures["heldout_concept"])
+        std = 1 / vae.config.scaling_factor
+        return {"parameters": count_parameters(vae), "latent_std": std, "heldout_concept": held_out}
 
-    run_stage(trainer, stage.out, finish)
+    run_stage(trainer, stage.out, save)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,6 @@ def report_results(file: Path, results: dict[str, Any], plot: str | None) -> Non
     """Prints the results of a file and where they are."""
     print_results([results])
     print(file)
+    draw_results([results], plot)
     if plot is not None:
-        draw_results([results], plot)
         print(plot)

@@ -87,8 +87,7 @@ def require_separate_rows(language_model: PreTrainedModel) -> None:
 def require_blocks(model: PumaModel) -> None:
     """Raises `ValueError` if the language model cannot let tokens of one scale see each other.
 
-    Some architectures take no mask with blocks (OPT, BLOOM) or put their own over it
-    (GPT Neo).
+    Some architectures take no mask with blocks (OPT, BLOOM) or put their own over it (GPT Neo).
     """
     kind = model.config.text_config.model_type
     expected = "expected image_decoding='autoregressive' or 'prefilled'"

@@ -178,8 +178,8 @@ class PumaConfig(PreTrainedConfig):
         for field in ("flow_num_layers", "flow_num_steps"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        unknown = [scale for scale in self.input_scales or [] if not 0 <= scale < self.num_scales]
-        if unknown or self.input_scales == [] or len(set(self.input_scales or [])) < len(self.input_scales or []):
+        scales, known = self.input_scales, set(range(self.num_scales))
+        if scales is not None and (not scales or len(known.intersection(scales)) < len(scales)):
             raise ValueError(f"input_scales={self.input_scales} must name scales 0..{self.num_scales - 1}, each once")
         ids = {}
         for field in ("image_token_id", "image_start_token_id", "image_end_token_id"):
